@@ -1,0 +1,41 @@
+"""What can go wrong, as one tree. Every message says what was found, what was expected, and what to do.
+
+MezoError
+├── RecipeError        a recipe, an option or a path given by the user is wrong
+├── ModelError         the model can't be tuned as it is (quantised, on meta, nothing trainable)
+├── ShardingError      a layout that is not known, or that does not fit the processes
+├── ViewError          the model can't be evaluated under a perturbed view as asked
+├── TrajectoryError    a trajectory that is damaged, or belongs to another model or noise version
+└── RankError          the ranks of one run disagree
+
+The command line prints a MezoError as one line and exits with 2; anything else is a bug and keeps its traceback.
+Wrong arguments to a function are ValueErrors that name the argument, as everywhere in Python.
+"""
+
+
+class MezoError(Exception):
+    """Root of all errors that a user can cause and mend."""
+
+
+class RecipeError(MezoError):
+    """A recipe, an option or a path given by the user is wrong."""
+
+
+class ModelError(MezoError):
+    """The model can't be tuned as it is."""
+
+
+class ShardingError(MezoError):
+    """A layout that is not known, or that does not fit the processes."""
+
+
+class ViewError(MezoError):
+    """The model can't be evaluated under a perturbed view as asked."""
+
+
+class TrajectoryError(MezoError):
+    """A trajectory that is damaged, or belongs to another model or noise version."""
+
+
+class RankError(MezoError):
+    """The ranks of one run disagree."""
