@@ -1,0 +1,1 @@
+"""MeZO that shards."""
