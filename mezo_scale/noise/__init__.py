@@ -12,6 +12,7 @@ is installed, anything else `reference`. A NaN stays a NaN, but its payload is n
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -20,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mezo_scale.noise import check, philox, reference
-from mezo_scale.noise.philox import direction_seed, param_id
+from mezo_scale.noise import check, reference, spec
+from mezo_scale.noise.spec import direction_seed, param_id
 
 __all__ = [
     "VERSION",
@@ -41,30 +42,29 @@ Runs = npt.NDArray[np.int64]
 
 
 def _kernels(device: torch.device) -> ModuleType:
+    # Imported on first use: Numba and Triton each take a second to import.
+    if device.type == "cpu" and importlib.util.find_spec("numba"):
+        from mezo_scale.noise import cpu
+
+        return cpu
     return reference
 
 
-def normal(
-    seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def normal(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """z of the elements start .. start + count - 1: float32 [count], standard normal (stream 0)."""
     return _generate(seed, param_id, start, count, device, "normal")
 
 
-def rademacher(
-    seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def rademacher(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """z of the elements start .. start + count - 1: float32 [count], each 1 or -1 (stream 2)."""
     return _generate(seed, param_id, start, count, device, "rademacher")
 
 
-def rounding_bits(
-    seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def rounding_bits(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """The 16 random bits per element that stochastic rounding uses: int64 [count] in 0 .. 65535 (stream 1)."""
     check.identity(seed, param_id)
     check.span(start, count)
-    return reference.span(seed, param_id, start, count, philox.ROUNDING, torch.device(device))
+    return reference.span(seed, param_id, start, count, spec.ROUNDING, torch.device(device))
 
 
 def _generate(

@@ -9,16 +9,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mezo_scale.noise import philox
+from mezo_scale.noise import spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STREAMS = {"normal": philox.NORMAL, "rademacher": philox.RADEMACHER}
+STREAMS = {"normal": spec.NORMAL, "rademacher": spec.RADEMACHER}
 LAST = (1 << 63) - 1
 
 
 def identity(seed: int, param_id: int) -> None:
     for argument, value in (("seed", seed), ("param_id", param_id)):
-        if not isinstance(value, int) or not 0 <= value <= philox.M64:
+        if not isinstance(value, int) or not 0 <= value <= spec.M64:
             raise ValueError(f"{argument} is {value!r}, expected an integer of 64 bits without sign")
 
 
@@ -87,7 +87,7 @@ def _u64(seeds: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     if isinstance(seeds, np.ndarray) and seeds.dtype == np.uint64:
         return np.ascontiguousarray(seeds)
     given = np.array(seeds, dtype=object)  # through Python's integers: NumPy would make floats of large ones
-    if not all(isinstance(seed, (int, np.integer)) and 0 <= seed <= philox.M64 for seed in given.flat):
+    if not all(isinstance(seed, (int, np.integer)) and 0 <= seed <= spec.M64 for seed in given.flat):
         raise ValueError("seeds holds a value that is not an integer of 64 bits without sign")
     return given.astype(np.uint64)
 
@@ -110,7 +110,7 @@ def branches(branches: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     if not len(branches):
         raise ValueError("branches is empty, expected at least one (seed, scale)")
     for seed, _ in branches:
-        if not isinstance(seed, int) or not 0 <= seed <= philox.M64:
+        if not isinstance(seed, int) or not 0 <= seed <= spec.M64:
             raise ValueError(f"branches holds the seed {seed!r}, expected an integer of 64 bits without sign")
     return [(seed, float(np.float32(scale))) for seed, scale in branches]
 

@@ -14,29 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mezo_scale.noise import philox
-from mezo_scale.noise.philox import LANES, M32, TILE
+from mezo_scale.noise import spec
+from mezo_scale.noise.spec import COS, LANES, LN2, LOG, M32, SIN, TILE
 
 CHUNK = 1 << 20  # elements worked on at once; bounds the memory of the intermediates (about 100 bytes each)
-
-LN2 = float(np.float32(0.6931471805599453))
-LOG = tuple(
-    map(
-        float.fromhex,
-        (
-            "0x1.fffffep-1",
-            "-0x1.00007ap-1",
-            "0x1.555a00p-2",
-            "-0x1.ff6316p-3",
-            "0x1.9785cap-3",
-            "-0x1.613806p-3",
-            "0x1.4c79e8p-3",
-            "-0x1.9f174ap-4",
-        ),
-    )
-)
-SIN = tuple(map(float.fromhex, ("0x1.921fb6p+0", "-0x1.4abbbep-1", "0x1.466090p-4", "-0x1.2df3ccp-8")))
-COS = tuple(map(float.fromhex, ("0x1.000000p+0", "-0x1.3bd39ep+0", "0x1.03b1eap-2", "-0x1.4edc84p-6")))
 
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +32,11 @@ def _words(seed: int, param_id: int, stream: int, block: Tensor) -> Tensor:
     c0, c1 = block & M32, block >> 32 | stream << 28
     c2, c3 = torch.full_like(block, param_id & M32), torch.full_like(block, param_id >> 32)
     k0, k1 = seed & M32, seed >> 32
-    for _ in range(philox.ROUNDS):
-        high0, low0 = _multiply(philox.MULTIPLIERS[0], c0)
-        high1, low1 = _multiply(philox.MULTIPLIERS[1], c2)
+    for _ in range(spec.ROUNDS):
+        high0, low0 = _multiply(spec.MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(spec.MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + philox.WEYL[0]) & M32, (k1 + philox.WEYL[1]) & M32
+        k0, k1 = (k0 + spec.WEYL[0]) & M32, (k1 + spec.WEYL[1]) & M32
     return torch.stack((c0, c1, c2, c3), dim=1)
 
 
@@ -87,17 +68,17 @@ def _box_muller(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tiles(seed: int, param_id: int, stream: int, tile: Tensor) -> Tensor:
     """The values [n, 1024] of the tiles int64 [n]: float32, or int64 for the rounding bits."""
-    if stream == philox.RADEMACHER:
+    if stream == spec.RADEMACHER:
         block = tile[:, None] * 8 + torch.arange(8, device=tile.device)
         words = _words(seed, param_id, stream, block).transpose(1, 2)
         bits = words[..., None] >> torch.arange(32, device=tile.device) & 1
         return (1 - 2 * bits).float().reshape(-1, TILE)
     words = _words(seed, param_id, stream, tile[:, None] * LANES + torch.arange(LANES, device=tile.device))
-    pair = (words & 0xFFFF, words >> 16) if stream == philox.ROUNDING else _box_muller(words)
+    pair = (words & 0xFFFF, words >> 16) if stream == spec.ROUNDING else _box_muller(words)
     return torch.stack(pair, dim=2).reshape(-1, TILE)
 
 
-def values(seed: int, param_id: int, elements: Tensor, stream: int = philox.NORMAL) -> Tensor:
+def values(seed: int, param_id: int, elements: Tensor, stream: int = spec.NORMAL) -> Tensor:
     """The values at `elements`, int64 of any shape, of one stream: float32, or int64 for the rounding bits."""
     # MPS has no float64, which the correctly rounded square root needs.
     here = elements.cpu() if elements.device.type == "mps" else elements
@@ -171,7 +152,7 @@ def write_(
                 theta = theta * float(decay)
             theta = theta + acc
             if remainder is None and stochastic:
-                bits = values(int(step_seeds[0]), param_id, element, philox.ROUNDING)
+                bits = values(int(step_seeds[0]), param_id, element, spec.ROUNDING)
                 theta = _round_stochastic(theta, bits, local.dtype).float()
             elif remainder is None:
                 theta = theta.to(local.dtype).float()

@@ -1,6 +1,6 @@
-"""Philox4x32-10 on plain integers, and the two identities everything else is keyed by.
+"""What noise version 1 is made of: its constants, its generator on plain integers, and the identities that key it.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+Generator: Philox4x32-10; Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 """
 
 from __future__ import annotations
@@ -19,6 +19,26 @@ DIRECTION = 0x4D655A4F  # counter word 3 of a direction's seed: "MeZO"
 
 TILE = 1024  # elements that share 128 blocks; a multiple of both streams' units
 LANES = 128
+
+# Box-Muller's polynomials, lowest power first. Each is a float32 exactly.
+LN2 = float.fromhex("0x1.62e430p-1")
+LOG = tuple(
+    map(
+        float.fromhex,
+        (
+            "0x1.fffffep-1",
+            "-0x1.00007ap-1",
+            "0x1.555a00p-2",
+            "-0x1.ff6316p-3",
+            "0x1.9785cap-3",
+            "-0x1.613806p-3",
+            "0x1.4c79e8p-3",
+            "-0x1.9f174ap-4",
+        ),
+    )
+)
+SIN = tuple(map(float.fromhex, ("0x1.921fb6p+0", "-0x1.4abbbep-1", "0x1.466090p-4", "-0x1.2df3ccp-8")))
+COS = tuple(map(float.fromhex, ("0x1.000000p+0", "-0x1.3bd39ep+0", "0x1.03b1eap-2", "-0x1.4edc84p-6")))
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

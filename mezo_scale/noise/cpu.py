@@ -1,0 +1,117 @@
+"""Noise on the CPU: the compiled sweeps, spread over threads in chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mezo_scale.noise import cpu_kernels
+from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32
+
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+CHUNK = 1 << 16  # draws below which a thread is not worth its start, about 0.1 ms
+
+Runs = npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=1)
+def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
+    """One pool for each process: a forked child inherits the object but none of its threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="mezo-noise")
+
+
+def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> None:
+    """Call sweep(first run, begin, end) on parts of the runs laid end to end, begin and end counted from that run.
+
+    draws: values generated for each element.
+    """
+    ends = np.cumsum(runs[:, 2])
+    total, threads = int(ends[-1]), torch.get_num_threads()
+    if threads == 1 or total * draws < 2 * CHUNK:
+        return sweep(0, 0, total)
+    # A few chunks for each thread, because another process may hold one of the cores.
+    size = max(CHUNK // draws, total // (4 * threads), 1)
+    bounds = np.append(np.arange(0, total, size), total)
+    first = np.searchsorted(ends, bounds[:-1], side="right")
+    before = ends[first] - runs[first, 2]
+    pool = _pool(os.getpid(), threads)
+    parts = zip(first, bounds[:-1] - before, bounds[1:] - before, strict=True)
+    for future in [pool.submit(sweep, int(i), int(begin), int(end)) for i, begin, end in parts]:
+        future.result()
+
+
+def _raw(tensor: Tensor) -> npt.NDArray[np.uint16]:
+    words: npt.NDArray[np.uint16] = tensor.detach().reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    return words
+
+
+def write_(
+    local: Tensor,
+    runs: Runs,
+    param_id: int,
+    seeds: npt.NDArray[np.uint64],
+    alphas: npt.NDArray[np.float32],
+    decays: npt.NDArray[np.float32],
+    remainder: Tensor | None,
+    stochastic: bool,
+    stream: int,
+) -> None:
+    words, kind = _raw(local), KINDS[local.dtype]
+    low = np.empty(0, np.int16) if remainder is None else remainder.numpy()
+    master, key = remainder is not None, np.uint64(param_id)
+
+    def sweep(first: int, begin: int, end: int) -> None:
+        part = runs[first:]
+        cpu_kernels.write(words, kind, low, master, part, begin, end, key, seeds, alphas, decays, stochastic, stream)
+
+    _spread(runs, seeds.size, sweep)
+
+
+def view(
+    weight: Tensor, runs: Runs, param_id: int, branches: Sequence[tuple[int, float]], out: Tensor, stream: int
+) -> None:
+    _perturb(weight, runs, runs[:, 0].copy(), param_id, branches, out, stream)
+
+
+def rows(
+    table: Tensor, param_id: int, branches: Sequence[tuple[int, float]], ids: Tensor, out: Tensor, stream: int
+) -> None:
+    width, count = table[0].numel(), ids.shape[1]
+    targets = np.arange(count) * width
+    same = bool((ids == ids[0]).all())  # as when every branch sees the same batch: one z for all
+    for b in range(1 if same else len(branches)):
+        start = ids[b].numpy() * width
+        runs = np.stack((start, start, np.full(count, width)), axis=1)
+        part = slice(None) if same else slice(b, b + 1)
+        _perturb(table, runs, targets, param_id, branches[part], out[part], stream)
+
+
+def _perturb(
+    weight: Tensor,
+    runs: Runs,
+    targets: npt.NDArray[np.int64],
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    out: Tensor,
+    stream: int,
+) -> None:
+    words, kind, filled, out_kind = _raw(weight), KINDS[weight.dtype], _raw(out), KINDS[out.dtype]
+    names, key, numel = [seed for seed, _ in branches], np.uint64(param_id), out[0].numel()
+    seeds = np.array(names, dtype=np.uint64)
+    scales = np.array([scale for _, scale in branches], dtype=np.float32)
+    leaders = np.array([names.index(seed) for seed in names])
+
+    def sweep(first: int, begin: int, end: int) -> None:
+        part, to = runs[first:], targets[first:]
+        cpu_kernels.view(
+            words, kind, part, begin, end, key, seeds, scales, leaders, filled, out_kind, to, numel, stream
+        )
+
+    _spread(runs, len(set(names)), sweep)

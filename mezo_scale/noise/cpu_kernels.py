@@ -1,0 +1,357 @@
+"""The CPU's sweeps, compiled by Numba: every array is passed as raw 16-bit words, so each sweep compiles once.
+
+Work goes tile by tile through small buffers that stay in the first-level cache, in loops over rows of 128 lanes:
+that is the form LLVM turns into full-width vector code. Everything is in this one file because Numba's cache looks
+only at the file of the function it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from mezo_scale.noise import spec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of storage
+
+NORMAL, ROUNDING, RADEMACHER = spec.NORMAL, spec.ROUNDING, spec.RADEMACHER
+TILE, LANES = spec.TILE, spec.LANES
+
+f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
+M0, M1 = map(u64, spec.MULTIPLIERS)
+W0, W1 = map(u64, spec.WEYL)
+LOW, HIGH = u64(spec.M32), u64(32)
+ROUNDS = spec.ROUNDS
+LN2 = f32(spec.LN2)
+L0, L1, L2, L3, L4, L5, L6, L7 = map(f32, spec.LOG)
+S0, S1, S2, S3 = map(f32, spec.SIN)
+C0, C1, C2, C3 = map(f32, spec.COS)
+HALF, ONE, MINUS_TWO, P14, P16 = f32(0.5), f32(1), f32(-2), f32(2.0**-14), f32(2.0**-16)
+P24, PER_P24, P16_UP = f32(2.0**-24), f32(2.0**24), f32(65536)
+
+
+def _inner(function: Callable[P, R]) -> Callable[P, R]:
+    compiled: Callable[P, R] = numba.njit(nogil=True)(function)
+    return compiled
+
+
+def _sweep(function: Callable[P, R]) -> Callable[P, R]:
+    try:
+        compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the installation nor the user's cache folder can be written
+        return _inner(function)
+    return compiled
+
+
+@_inner
+def _philox(words: U32, begin: int, end: int, low: u64, c1: u64, p0: u64, p1: u64, k0: u64, k1: u64) -> None:
+    """Columns begin .. end - 1 of words [4, 128]: the blocks numbered from (low, c1) + begin."""
+    w0, w1, w2, w3 = words[0, begin:end], words[1, begin:end], words[2, begin:end], words[3, begin:end]
+    low += u64(begin)
+    for i in range(end - begin):
+        a0, a1, a2, a3, r0, r1 = low + u64(i), c1, p0, p1, k0, k1
+        for _ in range(ROUNDS):
+            x, y = M0 * a0, M1 * a2
+            a0, a1, a2, a3 = (y >> HIGH) ^ a1 ^ r0, y & LOW, (x >> HIGH) ^ a3 ^ r1, x & LOW
+            r0, r1 = (r0 + W0) & LOW, (r1 + W1) & LOW
+        w0[i], w1[i], w2[i], w3[i] = u32(a0), u32(a1), u32(a2), u32(a3)
+
+
+@_inner
+def _box_muller(x: U32, even: F32, odd: F32, t: F32) -> None:
+    """Two normals from each word x [n]. t [n] is scratch."""
+    t_bits, exponent_bits = t.view(i32), even
+    for i in range(len(x)):
+        t[i] = (f32(i32(x[i] >> u32(16))) + HALF) * P16
+    for i in range(len(x)):
+        b = i32(t_bits[i] + i32(0x3F800000 - 0x3F3504F3))
+        exponent_bits[i] = f32(i32(i32(b >> i32(23)) - i32(127)))
+        t_bits[i] = i32(i32(b & i32(0x7FFFFF)) + i32(0x3F3504F3))
+    for i in range(len(x)):
+        m = t[i] - ONE
+        log = m * (((((((L7 * m + L6) * m + L5) * m + L4) * m + L3) * m + L2) * m + L1) * m + L0)
+        radius = np.sqrt(MINUS_TWO * (exponent_bits[i] * LN2 + log))
+        a = i32(x[i] & u32(0xFFFF))
+        f = (f32(i32(a & i32(0x3FFF))) + HALF) * P14 - HALF
+        y = f * f
+        s = f * (((S3 * y + S2) * y + S1) * y + S0)
+        c = ((C3 * y + C2) * y + C1) * y + C0
+        q = i32(a >> i32(14))
+        turned = (q & 1) != 0
+        cosine, sine = (s if turned else c), (c if turned else s)
+        even[i] = radius * (-cosine if q == 1 or q == 2 else cosine)
+        odd[i] = radius * (-sine if q >= 2 else sine)
+
+
+@_inner
+def _draw(
+    z: F32, words: U32, scratch: F32, stream: int, seed: u64, param_id: u64, tile: int, begin: int, end: int
+) -> None:
+    """Elements begin .. end - 1, and perhaps others, of z [1024] for one tile. Rounding bits come as int32 in z."""
+    p0, p1, k0, k1 = param_id & LOW, param_id >> HIGH, seed & LOW, seed >> HIGH
+    if stream == RADEMACHER:
+        first, last = begin >> 7, (end - 1) >> 7
+        block = u64(tile) * u64(8)
+        _philox(words, first, last + 1, block & LOW, block >> HIGH | u64(RADEMACHER << 28), p0, p1, k0, k1)
+        for column in range(first, last + 1):
+            for w in range(4):
+                signs = z[column * 128 + w * 32 : column * 128 + w * 32 + 32]
+                word = words[w, column]
+                for i in range(32):
+                    signs[i] = f32(i32(i32(1) - i32(i32(u32(word >> u32(i)) & u32(1)) << i32(1))))
+        return
+    first, last = begin >> 7, (end - 1) >> 7  # lanes
+    # Whole groups of 32 columns: what the vector code takes at once.
+    c, d = (begin & 127 & ~31, ((end - 1) & 127 | 31) + 1) if first == last else (0, LANES)
+    block = u64(tile) * u64(LANES)
+    _philox(words, c, d, block & LOW, block >> HIGH | u64(stream << 28), p0, p1, k0, k1)
+    for w in range(first >> 1, (last >> 1) + 1):
+        x = words[w, c:d]
+        even, odd = z[w * 256 + c : w * 256 + d], z[w * 256 + 128 + c : w * 256 + 128 + d]
+        if stream == NORMAL:
+            _box_muller(x, even, odd, scratch[c:d])
+        else:
+            low_bits, high_bits = even.view(i32), odd.view(i32)
+            for i in range(len(x)):
+                low_bits[i], high_bits[i] = i32(x[i] & u32(0xFFFF)), i32(x[i] >> u32(16))
+
+
+@_inner
+def _load(theta: F32, raw: U16, kind: int, at: int) -> None:
+    n = len(theta)
+    if kind == FLOAT32:
+        source = raw.view(f32)[at : at + n]
+        for i in range(n):
+            theta[i] = source[i]
+        return
+    bits, half = theta.view(i32), raw[at : at + n]
+    if kind == BFLOAT16:
+        for i in range(n):
+            bits[i] = i32(half[i]) << i32(16)
+        return
+    for i in range(n):
+        h = i32(half[i])
+        magnitude = i32(h & i32(0x7FFF))
+        theta[i] = f32(magnitude) * P24  # below 2^-14
+        rebased = i32((magnitude << 13) + (0x70000000 if magnitude >= 0x7C00 else 0x38000000))
+        bits[i] = (rebased if magnitude >= 0x0400 else bits[i]) | i32(i32(h & i32(0x8000)) << i32(16))
+
+
+@_inner
+def _round(theta: F32, kind: int) -> None:
+    """theta, in place, to the nearest value that its storage holds, ties to even."""
+    bits = theta.view(i32)
+    if kind == BFLOAT16:
+        for i in range(len(theta)):
+            b = bits[i]
+            rounded = i32(i32(b + i32(0x7FFF) + i32(i32(b >> i32(16)) & i32(1))) & i32(-0x10000))
+            nan = i32(b & i32(0x7FFFFFFF)) > i32(0x7F800000)
+            bits[i] = i32(b & i32(-0x10000)) | i32(0x400000) if nan else rounded
+    elif kind == FLOAT16:
+        for i in range(len(theta)):
+            b = bits[i]
+            magnitude = i32(b & i32(0x7FFFFFFF))
+            rounded = i32(i32(magnitude + i32(0xFFF) + i32(i32(magnitude >> i32(13)) & i32(1))) & i32(-0x2000))
+            _settle_half(theta, bits, i, b, magnitude, rounded, (abs(theta[i]) + HALF) - HALF)
+
+
+@_inner
+def _round_stochastic(theta: F32, random: F32, kind: int) -> None:
+    """As `_round`, but up with the probability of the part lost; random: int32 of 16 bits each."""
+    bits, r = theta.view(i32), random.view(i32)
+    if kind == BFLOAT16:
+        for i in range(len(theta)):
+            b = bits[i]
+            special = i32(b & i32(0x7F800000)) == i32(0x7F800000)
+            nan = special and i32(b & i32(0x007FFFFF)) != i32(0)
+            rounded = i32(i32(b + (i32(0) if special else r[i])) & i32(-0x10000))
+            bits[i] = rounded | i32(0x400000) if nan else rounded
+    elif kind == FLOAT16:
+        for i in range(len(theta)):
+            b = bits[i]
+            magnitude = i32(b & i32(0x7FFFFFFF))
+            rounded = i32(i32(magnitude + i32(r[i] >> i32(3))) & i32(-0x2000))
+            steps = abs(theta[i]) * PER_P24
+            whole = np.floor(steps)
+            up = ONE if (steps - whole) * P16_UP >= f32(i32(i32(65536) - r[i])) else f32(0)
+            _settle_half(theta, bits, i, b, magnitude, rounded, (whole + up) * P24)
+
+
+@_inner
+def _settle_half(theta: F32, bits: I32, i: int, b: i32, magnitude: i32, rounded: i32, subnormal: f32) -> None:
+    """Choose between a float16's ranges: subnormal, normal, overflow, infinite or NaN."""
+    theta[i] = subnormal
+    small = bits[i]
+    large = i32(0x7F800000) if rounded >= i32(0x47800000) else rounded
+    if magnitude > i32(0x7F800000):
+        large = i32(0x7FC00000)
+    bits[i] = (small if magnitude < i32(0x38800000) else large) | i32(b & i32(-0x80000000))
+
+
+@_inner
+def _store(theta: F32, raw: U16, kind: int, at: int) -> None:
+    """theta, already rounded, into its storage."""
+    n = len(theta)
+    if kind == FLOAT32:
+        target = raw.view(f32)[at : at + n]
+        for i in range(n):
+            target[i] = theta[i]
+        return
+    bits, half = theta.view(i32), raw[at : at + n]
+    if kind == BFLOAT16:
+        for i in range(n):
+            half[i] = np.uint16(bits[i] >> i32(16))
+        return
+    for i in range(n):
+        magnitude = i32(bits[i] & i32(0x7FFFFFFF))
+        small = i32(abs(theta[i]) * PER_P24) if magnitude < i32(0x38800000) else i32(0)
+        large = i32(i32(magnitude - i32(0x38000000)) >> i32(13))
+        special = i32(0x7C00) | i32(i32(magnitude >> i32(13)) & i32(0x3FF))
+        h = small if magnitude < i32(0x38800000) else (large if magnitude < i32(0x7F800000) else special)
+        half[i] = np.uint16(h | i32(i32(bits[i] >> i32(16)) & i32(0x8000)))
+
+
+@_inner
+def _segment(start: int, left: int) -> int:
+    """How many of `left` elements from `start` are taken at once: never across a tile; a few never across a lane."""
+    n = min(left, TILE - (start & (TILE - 1)))
+    return min(n, LANES - (start & (LANES - 1))) if n < LANES else n
+
+
+@_sweep
+def write(
+    local: U16,
+    kind: int,
+    remainder: npt.NDArray[np.int16],
+    master: bool,
+    runs: I64,
+    begin: int,
+    end: int,
+    param_id: u64,
+    seeds: U64,
+    alphas: F32,
+    decays: F32,
+    stochastic: bool,
+    stream: int,
+) -> None:
+    """All steps on the elements begin .. end - 1 of the runs laid end to end."""
+    words, scratch = np.empty((4, LANES), u32), np.empty(LANES, f32)
+    z_tile, theta_tile, acc_tile = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
+    position = 0
+    for run in range(len(runs)):
+        if position >= end:
+            break
+        skipped, left = max(begin - position, 0), min(end - position, runs[run, 2])
+        position += runs[run, 2]
+        at, start, left = runs[run, 0] + skipped, runs[run, 1] + skipped, left - skipped
+        while left > 0:
+            n = _segment(start, left)
+            tile, r = start >> 10, start & (TILE - 1)
+            theta, acc, z = theta_tile[r : r + n], acc_tile[r : r + n], z_tile[r : r + n]
+            if master:
+                _load_master(theta, local, remainder, at)
+            else:
+                _load(theta, local, kind, at)
+            for step in range(len(seeds)):
+                for k in range(seeds.shape[1]):
+                    _draw(z_tile, words, scratch, stream, seeds[step, k], param_id, tile, r, r + n)
+                    alpha = alphas[step, k]
+                    if k == 0:
+                        for i in range(n):
+                            acc[i] = alpha * z[i]
+                    else:
+                        for i in range(n):
+                            acc[i] = acc[i] + alpha * z[i]
+                decay = decays[step]
+                for i in range(n):
+                    theta[i] = theta[i] * decay + acc[i]  # a decay of 1 changes nothing
+                if stochastic and not master and kind != FLOAT32:
+                    _draw(z_tile, words, scratch, ROUNDING, seeds[step, 0], param_id, tile, r, r + n)
+                    _round_stochastic(theta, z, kind)
+                elif not master:
+                    _round(theta, kind)
+            if master:
+                _store_master(theta, local, remainder, at)
+            else:
+                _store(theta, local, kind, at)
+            at, start, left = at + n, start + n, left - n
+
+
+@_inner
+def _load_master(theta: F32, local: U16, remainder: npt.NDArray[np.int16], at: int) -> None:
+    bits, high, low = theta.view(i32), local[at : at + len(theta)], remainder[at : at + len(theta)]
+    for i in range(len(theta)):
+        bits[i] = i32(i32(i32(high[i]) << i32(16)) + i32(low[i]))
+
+
+@_inner
+def _store_master(theta: F32, local: U16, remainder: npt.NDArray[np.int16], at: int) -> None:
+    bits, high, low = theta.view(i32), local[at : at + len(theta)], remainder[at : at + len(theta)]
+    for i in range(len(theta)):
+        high[i] = np.uint16(i32(bits[i] + i32(0x8000)) >> i32(16))
+        low[i] = np.int16(bits[i])
+
+
+@_sweep
+def view(
+    weight: U16,
+    kind: int,
+    runs: I64,
+    begin: int,
+    end: int,
+    param_id: u64,
+    seeds: U64,
+    scales: F32,
+    leaders: I64,
+    out: U16,
+    out_kind: int,
+    targets: I64,
+    branch_numel: int,
+    stream: int,
+) -> None:
+    """The elements begin .. end - 1 of the runs laid end to end, each perturbed for every branch.
+
+    targets [n]: where in a branch's output, of branch_numel elements, each run goes. leaders [B]: the first branch
+    with the same seed, whose z a branch shares.
+    """
+    words, scratch = np.empty((4, LANES), u32), np.empty(LANES, f32)
+    z_tile, theta_tile, sum_tile = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
+    position = 0
+    for run in range(len(runs)):
+        if position >= end:
+            break
+        skipped, left = max(begin - position, 0), min(end - position, runs[run, 2])
+        position += runs[run, 2]
+        at, start, left = runs[run, 0] + skipped, runs[run, 1] + skipped, left - skipped
+        target = targets[run] + skipped
+        while left > 0:
+            n = _segment(start, left)
+            tile, r = start >> 10, start & (TILE - 1)
+            theta, total, z = theta_tile[r : r + n], sum_tile[r : r + n], z_tile[r : r + n]
+            _load(theta, weight, kind, at)
+            for leader in range(len(seeds)):
+                if leaders[leader] != leader:
+                    continue
+                _draw(z_tile, words, scratch, stream, seeds[leader], param_id, tile, r, r + n)
+                for b in range(leader, len(seeds)):
+                    if leaders[b] != leader:
+                        continue
+                    scale = scales[b]
+                    for i in range(n):
+                        total[i] = theta[i] + scale * z[i]
+                    _round(total, out_kind)
+                    _store(total, out, out_kind, b * branch_numel + target)
+            at, start, target, left = at + n, start + n, target + n, left - n
