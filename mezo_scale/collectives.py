@@ -1,0 +1,80 @@
+"""The few exchanges between ranks: scalars, and a trajectory's bytes. One rank alone takes the same path.
+
+Everything goes over the default process group: the data-parallel ranks hold different rows, and ranks that share rows
+(tensor parallelism) add the same sums and counts, which leaves every mean as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks to talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def sum_scalars(values: Sequence[float]) -> list[float]:
+    """The sum over ranks of each value, in float64: one all-reduce."""
+    return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM).tolist()  # type: ignore[no-any-return]
+
+
+def sum_integers(values: Sequence[int]) -> list[int]:
+    """The sum over ranks of each value, modulo 2^64, as signed integers."""
+    return _reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.SUM).tolist()  # type: ignore[no-any-return]
+
+
+def max_integer(value: int) -> int:
+    """The largest value of any rank."""
+    return int(_reduce(torch.tensor([value], dtype=torch.int64), dist.ReduceOp.MAX).item())
+
+
+def gather_integers(value: int) -> list[int]:
+    """Every rank's value, in rank order."""
+    if not is_distributed():
+        return [value]
+    mine = torch.tensor([value], dtype=torch.int64, device=_device())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [int(other.item()) for other in everyone]
+
+
+def broadcast_bytes(data: bytes | None) -> bytes:
+    """Rank 0's bytes, on every rank."""
+    if not is_distributed():
+        return data or b""
+    size = max_integer(len(data) if data is not None and rank() == 0 else 0)
+    buffer = torch.zeros(size, dtype=torch.uint8, device=_device())
+    if data is not None and rank() == 0 and size:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if size:
+        dist.broadcast(buffer, src=0)
+    return bytes(buffer.cpu().numpy().tobytes())
+
+
+def _device() -> torch.device:
+    """Where the group's backend wants its tensors: NCCL and its kin take no CPU tensors."""
+    backend = str(dist.get_backend())
+    for device, name in (("cuda", "nccl"), ("xpu", "xccl"), ("hpu", "hccl")):
+        if name in backend and "gloo" not in backend:
+            return torch.device(device, getattr(torch, device).current_device())
+    return torch.device("cpu")
+
+
+def _reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    if not is_distributed():
+        return values
+    values = values.to(_device())
+    dist.all_reduce(values, op=op)
+    return values.cpu()

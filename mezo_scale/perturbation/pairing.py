@@ -1,0 +1,181 @@
+"""Which modules can run all branches of one tall batch, and how their inputs and outputs divide among the branches.
+
+Nothing is guessed from divisibility. Before the first paired evaluation the model runs twice, unperturbed, on two and on
+three rows of its batch ([a, b] and [a, b, a]). A tensor whose dim 0 grows as 2 : 3 and whose third block equals its first
+carries the batch in contiguous blocks; one whose dim 0 does not grow is shared (position ids, masks made to broadcast);
+anything else (tokens sorted by expert) is neither. A module that owns trainable parameters is a *unit* if its inputs and
+outputs divide cleanly; else its parent is asked, and so on up: T5's relative bias, a table over positions without a batch
+dim, makes its attention module the unit.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+
+from mezo_scale.errors import ViewError
+
+BATCHED, SHARED, MIXED = "batched", "shared", "mixed"
+
+Kinds = dict[str, str]
+"""Path of a tensor in a call's arguments (or its result) to BATCHED, SHARED or MIXED."""
+
+
+class Pairing:
+    """What the two small runs taught: the units, and per unit how each argument and result divides."""
+
+    def __init__(self, owners: Iterable[nn.Module], parents: dict[nn.Module, nn.Module]) -> None:
+        self.owners = list(owners)
+        self.parents = parents
+        self.units: set[nn.Module] = set()
+        self.inputs: dict[nn.Module, Kinds] = {}
+        self.outputs: dict[nn.Module, Kinds] = {}
+        self.known: set[tuple[nn.Module, tuple[str, ...]]] = set()
+        self.called: set[nn.Module] = set()
+
+    def learn(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, per_branch: int) -> None:
+        """Run ``entry`` on two and on three rows of its arguments and settle the units below it.
+
+        Raises:
+            ViewError: the model's results can't be divided among the branches even as a whole.
+        """
+        signature = (entry, tuple(path for path, _ in tensors((args, kwargs))))
+        if signature in self.known:
+            return
+        if has_cache((args, kwargs)) and any(module is entry for module, _ in self.known):
+            return  # a decoding step of a model whose first call is known: the same modules, one token at a time
+        args, kwargs = _without_cache(args, kwargs)
+        calls = [_record(entry, *_take_rows(args, kwargs, rows, per_branch, count)) for count in (2, 3)]
+        self.called |= set(calls[0])
+        for module, two in calls[0].items():
+            three = calls[1].get(module, [])
+            self.inputs[module] = _classify([c[0] for c in two], [c[0] for c in three])
+            self.outputs[module] = _classify([c[1] for c in two], [c[1] for c in three])
+        for owner in self.owners:
+            if owner in calls[0]:
+                self.units.add(self._unit_of(owner, entry))
+        self.known.add(signature)
+
+    def _unit_of(self, owner: nn.Module, entry: nn.Module) -> nn.Module:
+        module = owner
+        while not self._is_clean(module):
+            if module is entry:
+                raise ViewError(
+                    f"{type(entry).__name__} can't evaluate several branches in one batch: what {type(owner).__name__} takes or "
+                    "returns does not divide along dim 0. Evaluate one branch at a time (paired=False), or return per-row results"
+                )
+            module = self.parents.get(module, entry)
+            while module not in self.inputs and module is not entry:  # a container that is never called itself
+                module = self.parents.get(module, entry)
+        return module
+
+    def _is_clean(self, module: nn.Module) -> bool:
+        if module not in self.inputs or MIXED in self.inputs[module].values():
+            return False
+        return all(kind == BATCHED or kind == "one" for kind in self.outputs[module].values())
+
+
+def tensors(tree: Any) -> list[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor in nested arguments."""
+    leaves, _ = tree_flatten_with_path(tree)
+    return [(keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def has_cache(tree: Any) -> bool:
+    """Whether a key-value cache travels in the arguments: by what it can do, for every library has its own class."""
+    leaves, _ = tree_flatten_with_path(tree)
+    return any(hasattr(leaf, "get_seq_length") for _, leaf in leaves)
+
+
+def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any], main_input: str | None) -> int:
+    """Rows of the tall batch: dim 0 of the model's main input, else of its first tensor with a batch dim."""
+    candidates = [kwargs[main_input]] if main_input is not None and isinstance(kwargs.get(main_input), Tensor) else []
+    candidates += [t for _, t in tensors((args, kwargs)) if t.dim() >= 2] + [t for _, t in tensors((args, kwargs)) if t.dim() == 1]
+    if not candidates:
+        raise ViewError("a model was called without any batched tensor under several branches: pass the batch repeated per branch")
+    return int(candidates[0].shape[0])
+
+
+def _take_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, per_branch: int, count: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Rows [a, b] or [a, b, a] of every batched argument; b is a mirrored where the batch has one row only."""
+    chosen = [0, max(per_branch - 1, 0), 0][:count]
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
+            return leaf
+        small = leaf[torch.tensor(chosen, device=leaf.device)]
+        if per_branch == 1 and leaf.dim() > 1:
+            small[1] = small[1].flip(-1)
+        return small
+
+    one_dimensional = {"cache_position"}  # positions, not rows: their length may equal the batch's by chance
+    return tree_map(take, args), {k: v if k in one_dimensional else tree_map(take, v) for k, v in kwargs.items()}
+
+
+def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kept = {key: value for key, value in kwargs.items() if not has_cache(value)}
+    if "use_cache" in kept or len(kept) < len(kwargs):
+        kept["use_cache"] = False
+    return args, kept
+
+
+Call = tuple[dict[str, tuple[int, bool]], dict[str, tuple[int, bool]]]
+
+
+def _record(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, list[Call]]:
+    """Run ``entry`` and note, call by call, dim 0 of every tensor that a module below it takes and returns."""
+    calls: dict[nn.Module, list[Call]] = defaultdict(list)
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module].append((_sizes((args, kwargs)), _sizes(output)))
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in entry.modules()]
+    try:
+        entry(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _sizes(tree: Any) -> dict[str, tuple[int, bool]]:
+    return {path: (int(t.shape[0]) if t.dim() else -1, _third_is_first(t)) for path, t in tensors(tree)}
+
+
+def _third_is_first(tensor: Tensor) -> bool:
+    """Of three equal blocks along dim 0, whether the third repeats the first (same row, so same values)."""
+    if isinstance(tensor, DTensor) or tensor.dim() == 0 or tensor.shape[0] % 3 or tensor.numel() == 0 or tensor.is_meta:
+        return True
+    first, _, third = tensor.detach().chunk(3)
+    if not tensor.is_floating_point():
+        return bool(torch.equal(first, third))
+    first, third = first.float(), third.float()
+    scale = first.abs().nan_to_num(0, 0, 0).max().item()
+    return bool(torch.allclose(first, third, rtol=1e-2, atol=1e-2 * scale, equal_nan=True))
+
+
+def _classify(two: list[dict[str, tuple[int, bool]]], three: list[dict[str, tuple[int, bool]]]) -> Kinds:
+    """A path's kind over all calls of a module: one that changes from call to call is MIXED; sharing a single row is "one"."""
+    kinds: Kinds = {}
+    if len(two) != len(three):
+        return {"": MIXED}
+    for small, large in zip(two, three, strict=True):
+        if small.keys() != large.keys():
+            return {"": MIXED}
+        for path, (size, _) in small.items():
+            grown, repeats = large[path]
+            if size == grown:
+                kind = "one" if size == 1 else SHARED
+            else:
+                kind = BATCHED if size * 3 == grown * 2 and repeats else MIXED
+            if kinds.setdefault(path, kind) != kind:
+                kinds[path] = MIXED
+    return kinds

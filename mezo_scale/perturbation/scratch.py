@@ -1,0 +1,56 @@
+"""Scratch memory for perturbed weights: one buffer per dtype and device, reused for every module of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+ALIGN = 64  # elements; keeps every piece on a cache line and a vector boundary
+
+
+class Scratch:
+    """Pieces are taken one after the other and given back together when the module that took them has run.
+
+    The first step finds out how much is needed; from then on the buffer has that size and nothing is allocated.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._used: dict[tuple[torch.device, torch.dtype], int] = {}
+        self._peak: dict[tuple[torch.device, torch.dtype], int] = {}
+
+    @contextmanager
+    def frame(self) -> Iterator[None]:
+        """What is taken inside is free again afterwards."""
+        used = dict(self._used)
+        try:
+            yield
+        finally:
+            for key in self._used:
+                self._used[key] = used.get(key, 0)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor, valid until the enclosing frame ends."""
+        key = (device, dtype)
+        start = self._used.get(key, 0)
+        numel = math.prod(shape)
+        end = start + -(-numel // ALIGN) * ALIGN
+        self._used[key] = end
+        self._peak[key] = max(self._peak.get(key, 0), end)
+        buffer = self._buffers.get(key)
+        if start == 0 and (buffer is None or buffer.numel() < self._peak[key]):
+            self._buffers.pop(key, None)  # freed before its successor is made
+            buffer = None
+            buffer = self._buffers[key] = torch.empty(self._peak[key], dtype=dtype, device=device)
+        if buffer is None or end > buffer.numel():
+            return torch.empty(shape, dtype=dtype, device=device)  # the first step only: the peak was not known yet
+        return buffer[start : start + numel].view(shape)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lives in this scratch, and so must be copied to outlast its frame."""
+        pointer = tensor.untyped_storage().data_ptr()
+        return any(buffer.untyped_storage().data_ptr() == pointer for buffer in self._buffers.values())

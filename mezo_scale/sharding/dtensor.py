@@ -1,0 +1,114 @@
+"""DTensor: FSDP2 (1-D and HSDP meshes), tensor parallelism, and both together.
+
+A DTensor's placements say, mesh axis by mesh axis, how a tensor dim is cut. Following them on the list of a dim's
+indices, rather than on (offset, size), covers FSDP2's strided shards as well: what is left is the product of one index
+list per dim, and its row-major neighbours merge into runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from mezo_scale.errors import ShardingError
+from mezo_scale.sharding.shard import Runs
+
+Indices = npt.NDArray[np.int64]
+
+
+def owns(param: torch.Tensor) -> bool:
+    return isinstance(param, DTensor)
+
+
+def local(param: DTensor) -> tuple[torch.Tensor, Runs, int]:
+    """Local storage (1-D), its runs, the replica's number."""
+    stored = param._local_tensor.detach()
+    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ShardingError(f"this rank is not part of the mesh {mesh}: start one process per mesh position")
+    runs = runs_of(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), param.placements)
+    if not stored.is_contiguous() or int(runs[:, 2].sum()) != stored.numel():
+        raise ShardingError(
+            f"a DTensor of shape {tuple(param.shape)} with placements {param.placements} stores {tuple(stored.shape)} here, "
+            f"but its placements say {int(runs[:, 2].sum())} contiguous elements: this layout is not supported"
+        )
+    return stored.view(-1), runs, _replica(mesh.shape, coordinate, param.placements)
+
+
+def runs_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any) -> Runs:
+    """The runs that the rank at ``coordinate`` of a mesh of that shape stores. Pure integer arithmetic."""
+    indices: list[Indices] = [np.arange(size, dtype=np.int64) for size in shape]
+    for size, position, placement in zip(mesh, coordinate, placements, strict=True):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, Shard | _StridedShard):
+            raise ShardingError(f"a parameter has the placement {placement}: expected Shard or Replicate")
+        dim = placement.dim
+        pieces = _chunk(indices[dim], placement.split_factor) if isinstance(placement, _StridedShard) else [indices[dim]]
+        indices[dim] = np.concatenate([_chunk(piece, size)[position] for piece in pieces])
+    starts: Indices = np.zeros(1, dtype=np.int64)
+    width = stride = 1  # width: the elements, from the last dim on, that hang together
+    for size, index in zip(reversed(shape), reversed(indices), strict=True):
+        if width == stride and len(index) == size:
+            width *= size
+        else:
+            starts = (index[:, None] * stride + starts[None, :]).reshape(-1)
+        stride *= size
+    return _merge(starts, width)
+
+
+def _merge(starts: Indices, width: int) -> Runs:
+    """Equal blocks of ``width`` elements at ``starts``, stored one after the other, as the fewest runs."""
+    if len(starts) == 0 or width == 0:
+        return np.empty((0, 3), dtype=np.int64)
+    breaks = np.flatnonzero(np.diff(starts) != width) + 1
+    first = np.concatenate([[0], breaks])
+    count = np.diff(np.concatenate([first, [len(starts)]]))
+    return np.stack([first * width, starts[first], count * width], axis=1).astype(np.int64)
+
+
+def _chunk(index: Indices, pieces: int) -> list[Indices]:
+    """torch.chunk's cut, with empty pieces at the end so that there are always ``pieces``."""
+    size = -(-len(index) // pieces) if len(index) else 0
+    return [index[i * size : (i + 1) * size] for i in range(pieces)]
+
+
+def _replica(mesh: Any, coordinate: list[int], placements: Any) -> int:
+    """The position among the copies: row-major over the mesh axes that replicate."""
+    number = 0
+    for size, position, placement in zip(mesh, coordinate, placements, strict=True):
+        if isinstance(placement, Replicate):
+            number = number * int(size) + position
+    return number
+
+
+def prepare(model: nn.Module) -> None:
+    """Put FSDP2's parameters in their sharded form, in the storage that its first forward would give them."""
+    refresh(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in _groups(module):
+                for param in group.fsdp_params:
+                    param.reset_sharded_param()  # pads what was loaded after sharding; else the first forward moves it
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop gathered weights: the root, and units that keep theirs after a forward, would not see a write."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]

@@ -1,0 +1,71 @@
+"""FSDP1: parameters flattened, padded and cut without regard to their borders; ``use_orig_params`` either way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+
+from mezo_scale.sharding.shard import Runs, run
+
+
+class FlatSlice(NamedTuple):
+    """One original parameter inside an FSDP1 unit's flat parameter."""
+
+    places: list[tuple[nn.Module, str]]  # the owner first, then the modules that share the weight
+    shape: tuple[int, ...]
+    trainable: bool
+    local: torch.Tensor
+    runs: Runs
+    replica: int
+
+
+def slices(model: nn.Module) -> Iterator[FlatSlice]:
+    """Every original parameter that an FSDP1 unit of the model has flattened."""
+    for unit in model.modules():
+        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
+            yield from _slices_of(unit, unit._handle)
+
+
+def _slices_of(unit: FullyShardedDataParallel, handle: Any) -> Iterator[FlatSlice]:
+    flat = handle.flat_param
+    stored = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
+    replica = _replica(unit, handle)
+    originals = flat._params if flat._params is not None else [flat] * len(flat._param_infos)
+    for info, shape, part, original in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, originals, strict=True):
+        places = [(info.module, info.param_name)] + [
+            (shared.module, shared.param_name)
+            for shared in flat._shared_param_infos
+            if shared.prim_module is info.module and shared.prim_param_name == info.param_name
+        ]
+        if part.in_shard:
+            start, length = part.offset_in_shard, part.numel_in_shard
+            local, runs = stored.detach()[start : start + length], run(0, part.intra_param_start_idx, length)
+        else:
+            local, runs = stored.detach()[:0], run(0, 0, 0)
+        yield FlatSlice(places, tuple(shape), bool(original.requires_grad), local, runs, replica)
+
+
+def _replica(unit: FullyShardedDataParallel, handle: Any) -> int:
+    """NO_SHARD replicates over its whole group; a hybrid strategy over its inter-node group; else there is one copy."""
+    group = getattr(unit, "_inter_node_pg", None) if handle.uses_sharded_strategy else handle.process_group
+    return dist.get_rank(group) if group is not None else 0
+
+
+def prepare(model: nn.Module) -> None:
+    """Put FSDP1's parameters in their sharded form."""
+    refresh(model)
+
+
+def refresh(model: nn.Module) -> None:
+    """Drop gathered weights: FSDP1's root keeps its own after a forward that no backward follows."""
+    for unit in model.modules():
+        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None and unit._is_root is not None:
+            handle = unit._handle
+            if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+                _reshard(unit, handle, True)

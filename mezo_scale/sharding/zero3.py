@@ -1,0 +1,66 @@
+"""DeepSpeed ZeRO-3: a parameter is cut in equal 1-D partitions, the last ones padded; gathered by module hooks.
+
+DeepSpeed itself is not imported: its parameters carry what is needed (``ds_tensor``, ``ds_shape``, ``ds_process_group``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mezo_scale.errors import ShardingError
+from mezo_scale.sharding.shard import Runs, run
+
+
+def owns(param: torch.Tensor) -> bool:
+    return hasattr(param, "ds_id")
+
+
+def local(param: Any) -> tuple[torch.Tensor, Runs, int]:
+    """Local storage (1-D), its runs, the replica's number."""
+    stored = param.ds_tensor
+    if getattr(stored, "final_location", None) == "nvme":
+        raise ShardingError(
+            "ZeRO-3 keeps parameters on NVMe, where their partitions are not in memory between forwards: "
+            'set "offload_param" to {"device": "cpu"} or leave it out'
+        )
+    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ShardingError(f"ZeRO-3 stores a parameter as {stored.dtype} (quantised weights): switch the quantisation off")
+    rank = dist.get_rank(param.ds_process_group)
+    size = int(stored.ds_numel)
+    start = rank * size
+    ranks = dist.get_process_group_ranks(param.ds_process_group)
+    replica = dist.get_rank() // len(ranks)
+    return stored.detach(), run(0, start, min(size, int(param.ds_numel) - start)), replica
+
+
+def refresh(model: nn.Module) -> None:
+    """Bring gathered weights up to date in place (persisted small parameters stay gathered), in one all-gather a group.
+
+    Partitioning them instead would hide the release from DeepSpeed's count of gathered elements, which ends prefetching.
+    """
+    owned: list[Any] = [param for param in model.parameters() if owns(param)]
+    gathered = [param for param in owned if param.ds_status.name == "AVAILABLE"]
+    for group in dict.fromkeys(param.ds_process_group for param in gathered):
+        members = [param for param in gathered if param.ds_process_group is group]
+        _gather(members, group)
+    for param in owned:  # a node's secondary partition (ZeRO++): made anew from the primary at the next gather
+        if getattr(param, "ds_secondary_tensor", None) is not None:
+            param.ds_secondary_tensor = None
+
+
+def _gather(params: list[Any], group: Any) -> None:
+    for dtype in dict.fromkeys(param.ds_tensor.dtype for param in params):
+        members = [param for param in params if param.ds_tensor.dtype == dtype]
+        mine = torch.cat([param.ds_tensor.detach().to(param.data.device).view(-1) for param in members])
+        everyone = mine.new_empty(dist.get_world_size(group), mine.numel())
+        dist.all_gather_into_tensor(everyone, mine, group=group)
+        start = 0
+        for param in members:
+            size = param.ds_tensor.numel()
+            whole = everyone[:, start : start + size].reshape(-1)[: param.ds_numel]
+            param.data.copy_(whole.view(param.ds_shape))
+            start += size
