@@ -1,7 +1,7 @@
 """MeZO that shards: fine-tune language models with forward passes only, over FSDP, DeepSpeed ZeRO-3, or one device.
 
-    opt = mezo_scale.MeZO(model, lr=1e-6, trajectory="run.mezo")    # model: yours, sharded as you like
-    loss = opt.step(batch=batch, objective=per_row_losses)
+opt = mezo_scale.MeZO(model, lr=1e-6, trajectory="run.mezo")    # model: yours, sharded as you like
+loss = opt.step(batch=batch, objective=per_row_losses)
 """
 
 from mezo_scale import noise

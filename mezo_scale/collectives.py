@@ -27,12 +27,12 @@ def world_size() -> int:
 
 def sum_scalars(values: Sequence[float]) -> list[float]:
     """The sum over ranks of each value, in float64: one all-reduce."""
-    return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM).tolist()  # type: ignore[no-any-return]
+    return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM).tolist()
 
 
 def sum_integers(values: Sequence[int]) -> list[int]:
     """The sum over ranks of each value, modulo 2^64, as signed integers."""
-    return _reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.SUM).tolist()  # type: ignore[no-any-return]
+    return _reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.SUM).tolist()
 
 
 def max_integer(value: int) -> int:

@@ -1,6 +1,7 @@
 """n-SPSA: losses at theta + eps z_k and theta - eps z_k, summed over rows and ranks, and the slopes between them.
 
-Per branch a rank adds up its per-row losses in float64; per direction 16 bytes cross between ranks, and the row count once.
+Per branch a rank adds up its per-row losses in float64; per direction 16 bytes cross between ranks, and the row count
+once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Estimator:
         self.paired = paired  # None until the start-up check has decided
 
     def of_batch(self, batch: Batch, objective: Objective, branches: Sequence[Branch], micro_batch: int | None) -> Sums:
-        """Losses of a batch: ``objective`` sees its rows once per branch, in pieces of ``micro_batch`` rows per branch."""
+        """Losses of a batch: ``objective`` sees its rows once per branch, in pieces of ``micro_batch`` rows per
+        branch."""
         rows = _rows(batch)
         pieces = self._pieces(batch, rows, micro_batch)
         if self.paired is None:
@@ -67,7 +69,8 @@ class Estimator:
         return Sums(sums, count)
 
     def _pieces(self, batch: Batch, rows: int, micro_batch: int | None) -> list[tuple[Batch, float]]:
-        """(rows, weight) of each forward. Ranks with fewer rows repeat one at weight 0: all must gather equally often."""
+        """(rows, weight) of each forward. Ranks with fewer rows repeat one at weight 0: all must gather equally
+        often."""
         if micro_batch is None:
             return [(batch, 1.0)]
         if micro_batch < 1:
@@ -106,7 +109,8 @@ class Estimator:
             reason = str(error)
         if collectives.max_integer(int(bool(reason))):
             warnings.warn(
-                "the model can't evaluate several branches in one batch, so they run one at a time and every weight is gathered "
+                "the model can't evaluate several branches in one batch, so they run one at a time and every "
+                "weight is gathered "
                 f"once per branch: {reason or 'another rank found so'}",
                 stacklevel=2,
             )
@@ -114,8 +118,10 @@ class Estimator:
         if self.view.never_ran:
             names = self.view.never_ran
             warnings.warn(
-                f"{len(names)} trainable parameters belong to modules that the forward never calls ({', '.join(names[:3])}"
-                f"{', ...' if len(names) > 3 else ''}): perturbing them has no effect, updating them only adds noise; freeze them",
+                f"{len(names)} trainable parameters belong to modules that the forward never calls "
+                f"({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}): perturbing them has no effect, updating them only adds "
+                "noise; freeze them",
                 stacklevel=2,
             )
         return True
@@ -135,7 +141,9 @@ def _rows(batch: Batch) -> int:
     key, rows = next(iter(sizes.items()))
     for other, size in sizes.items():
         if size != rows:
-            raise ValueError(f"batch[{other!r}] has {size} rows but batch[{key!r}] has {rows}: rows go along dim 0 of every tensor")
+            raise ValueError(
+                f"batch[{other!r}] has {size} rows but batch[{key!r}] has {rows}: rows go along dim 0 of every tensor"
+            )
     if rows == 0:
         raise ValueError("the batch has no rows on this rank: give every rank at least one")
     return int(rows)
@@ -146,7 +154,10 @@ def _repeat(value: Any, count: int) -> Any:
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:
-    return {key: value[start:stop] if isinstance(value, Tensor) and value.dim() > 0 else value for key, value in batch.items()}
+    return {
+        key: value[start:stop] if isinstance(value, Tensor) and value.dim() > 0 else value
+        for key, value in batch.items()
+    }
 
 
 def _per_row(losses: Tensor, rows: int) -> Tensor:

@@ -26,17 +26,19 @@ class MeZO(torch.optim.Optimizer):
     """Memory-efficient zeroth-order SGD (Malladi et al., 2023, arXiv 2305.17333), on a model sharded in any known way.
 
     Args:
-        model: plain, or sharded by the user; recognised, never wrapped or copied. Its parameters with ``requires_grad`` are tuned.
-        lr, weight_decay: per parameter group, free for learning-rate schedulers. Decay is decoupled, and skips biases and the
-            weights of normalisation modules.
+        model: plain, or sharded by the user; recognised, never wrapped or copied. Its parameters with ``requires_grad``
+            are tuned.
+        lr, weight_decay: per parameter group, free for learning-rate schedulers. Decay is decoupled, and skips biases
+            and the weights of normalisation modules.
         eps: scale of the perturbation.
         num_directions: directions averaged per step (n-SPSA); each costs two forwards of the batch.
         seed: of the run; direction k of step t has a seed that follows from (seed, t, k).
-        trajectory: path of the run's log. If the file exists and fits the model, its steps are applied first and the run goes on
-            after them (the model must hold the base weights). Written by rank 0; None keeps no log.
-        params: torch's parameter groups (dicts with "params" and their own "lr" or "weight_decay"); None: all in one group.
-        rounding: how 16-bit shards store an update: "nearest", "stochastic", or "master" (a float32 master for bfloat16 shards,
-            2 bytes more per element).
+        trajectory: path of the run's log. If the file exists and fits the model, its steps are applied first and the
+            run goes on after them (the model must hold the base weights). Written by rank 0; None keeps no log.
+        params: torch's parameter groups (dicts with "params" and their own "lr" or "weight_decay"); None: all in one
+            group.
+        rounding: how 16-bit shards store an update: "nearest", "stochastic", or "master" (a float32 master for bfloat16
+            shards, 2 bytes more per element).
         distribution: "normal", or "rademacher" for z of +1 and -1.
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
@@ -102,16 +104,20 @@ class MeZO(torch.optim.Optimizer):
         """One step; every rank calls it. Give a closure, or a batch with its objective.
 
         Args:
-            closure: returns a scalar or per-row losses; called once per branch, two per direction. Anything may happen inside.
-            batch: this rank's rows: a mapping whose tensors have them along dim 0. Ranks may have different numbers of rows.
+            closure: returns a scalar or per-row losses; called once per branch, two per direction. Anything may happen
+                inside.
+            batch: this rank's rows: a mapping whose tensors have them along dim 0. Ranks may have different numbers of
+                rows.
             objective: ``fn(model, batch)`` -> losses of the rows it is given, [rows]; all branches run in one forward.
-            micro_batch: rows per forward and branch; None: all of them. Bounds activation memory, and costs one gather each.
+            micro_batch: rows per forward and branch; None: all of them. Bounds activation memory, and costs one gather
+                each.
 
         Returns:
             The mean loss over rows, ranks and branches.
 
         - A loss that is not finite on any rank skips the step on all: recorded, nothing written, the next step goes on.
-        - The record is on disk before a weight changes; a process killed in between resumes with that step applied once.
+        - The record is on disk before a weight changes; a process killed in between resumes with that step applied
+          once.
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
         - A rank that dies leaves the others waiting in the next collective until the process group's timeout.
         """
@@ -161,7 +167,8 @@ class MeZO(torch.optim.Optimizer):
         usual = max(set(everyone), key=everyone.count)
         odd = ", ".join(str(rank) for rank, other in enumerate(everyone) if other != usual)
         raise RankError(
-            f"rank {odd} recorded another step {self.step_count - 1} than the other ranks: give all ranks the same seed, eps, "
+            f"rank {odd} recorded another step {self.step_count - 1} than the other ranks: give all ranks the "
+            "same seed, eps, "
             "learning rate and schedule"
         )
 
@@ -186,7 +193,8 @@ class MeZO(torch.optim.Optimizer):
             for param in group["params"]:
                 if id(param) not in names:
                     raise ShardingError(
-                        "a parameter group holds a parameter that is not one of the model's own trainable ones (FSDP1 flattens "
+                        "a parameter group holds a parameter that is not one of the model's own trainable ones "
+                        "(FSDP1 flattens "
                         "them unless use_orig_params=True): build the groups from the sharded model's parameters"
                     )
                 numbers[names[id(param)]] = number

@@ -1,4 +1,5 @@
-"""From a base model and a trajectory to the tuned weights: what resuming, joining late and publishing a run have in common."""
+"""From a base model and a trajectory to the tuned weights: what resuming, joining late and publishing a run have in
+common."""
 
 from __future__ import annotations
 
@@ -48,9 +49,13 @@ def replay(
     layout = discover(model)
     groups = {name: group for name, _, _, group, _ in header.manifest}
     writer = Writer(layout, groups, rounding=header.rounding, distribution=header.distribution)
-    header.check_same(describe(writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory")
+    header.check_same(
+        describe(writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory"
+    )
     if until is not None and not 0 <= until <= len(trajectory):
-        raise TrajectoryError(f"until is {until}, but the trajectory has {len(trajectory)} steps: expected 0 to {len(trajectory)}")
+        raise TrajectoryError(
+            f"until is {until}, but the trajectory has {len(trajectory)} steps: expected 0 to {len(trajectory)}"
+        )
     return apply_all_(writer, trajectory, len(trajectory) if until is None else until, progress)
 
 

@@ -9,8 +9,10 @@ A record has a fixed size, known from the header (K directions, G parameter grou
     step u64 | flags u32 | reserved u32 | loss f64 | K x (seed u64) | K x (projected gradient f64)
     | G x K x (alpha f32) | G x (decay f32) | CRC-32 u32 of all before it
 
-Records are appended and flushed to disk before they are applied. A file cut in the middle of its last record lost a step
-that nobody applied: the torn end is dropped when the file is next opened for appending. Damage anywhere else is an error.
+Records are appended and flushed to disk before they are applied. A file cut in the middle of its last record lost a
+step
+that nobody applied: the torn end is dropped when the file is next opened for appending. Damage anywhere else is an
+    error.
 """
 
 from __future__ import annotations
@@ -106,20 +108,24 @@ class Header:
         """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
         if self.noise_version != other.noise_version:
             raise TrajectoryError(
-                f"{where} was made with noise version {self.noise_version}, this is version {other.noise_version}: use the "
+                f"{where} was made with noise version {self.noise_version}, this is version "
+                f"{other.noise_version}: use the "
                 "mezo-scale release that wrote it"
             )
         if self.manifest != other.manifest:
             raise TrajectoryError(f"{where} belongs to another model: {_difference(self.manifest, other.manifest)}")
         if self.fingerprint != other.fingerprint:
             raise TrajectoryError(
-                f"{where} starts from other weights (fingerprint {self.fingerprint}, these have {other.fingerprint}): give the "
+                f"{where} starts from other weights (fingerprint {self.fingerprint}, these have "
+                f"{other.fingerprint}): give the "
                 "base model it was trained from, loaded in the same dtype"
             )
         for name in ("num_directions", "num_groups", "distribution", "rounding"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                raise TrajectoryError(f"{where} was written with {name} = {mine}, this run has {theirs}: set it to {mine}")
+                raise TrajectoryError(
+                    f"{where} was written with {name} = {mine}, this run has {theirs}: set it to {mine}"
+                )
 
 
 class Trajectory:
@@ -175,7 +181,9 @@ class Trajectory:
         try:
             header = Header(**json.loads(text))
         except (TypeError, ValueError):
-            raise TrajectoryError(f"{where} has a header of another release: use the mezo-scale release that wrote it") from None
+            raise TrajectoryError(
+                f"{where} has a header of another release: use the mezo-scale release that wrote it"
+            ) from None
         size = header.record_format().size + 4
         body = data[_PREFIX.size + length :]
         records = []
@@ -192,7 +200,9 @@ class Trajectory:
     def append(self, record: StepRecord) -> None:
         """Add a step; on disk when this returns."""
         if record.step != len(self.records):
-            raise TrajectoryError(f"step {record.step} can't follow {len(self.records)} records: steps are counted from 0")
+            raise TrajectoryError(
+                f"step {record.step} can't follow {len(self.records)} records: steps are counted from 0"
+            )
         if self._file is not None:
             start = self._file.tell()
             try:
@@ -201,7 +211,9 @@ class Trajectory:
             except OSError as error:
                 self._file.seek(start)
                 self._file.truncate(start)
-                raise TrajectoryError(f"the trajectory can't be written: {error.strerror}; nothing was applied") from None
+                raise TrajectoryError(
+                    f"the trajectory can't be written: {error.strerror}; nothing was applied"
+                ) from None
         self.records.append(record)
 
     def close(self) -> None:

@@ -18,8 +18,8 @@ class Writer:
     Args:
         layout: the model's.
         groups: parameter group of each shard's name; None: all in group 0.
-        rounding: "nearest"; "stochastic" (16-bit shards only); or "master": a float32 master for bfloat16 shards, at 16 bits
-            more per element (float32 shards are their own master).
+        rounding: "nearest"; "stochastic" (16-bit shards only); or "master": a float32 master for bfloat16 shards, at 16
+            bits more per element (float32 shards are their own master).
         distribution: "normal" or "rademacher".
     """
 
@@ -37,7 +37,9 @@ class Writer:
             raise ValueError(f"distribution is {distribution!r}: expected 'normal' or 'rademacher'")
         halves = [shard.name for shard in layout.shards if shard.local.dtype == torch.float16]
         if rounding == "master" and halves:
-            raise ValueError(f"rounding 'master' splits bfloat16 from float32 bits, but {halves[0]} is float16: load as bfloat16")
+            raise ValueError(
+                f"rounding 'master' splits bfloat16 from float32 bits, but {halves[0]} is float16: load as bfloat16"
+            )
         self.layout = layout
         self.groups = groups if groups is not None else {}
         self.rounding = rounding
@@ -71,6 +73,8 @@ class Writer:
             np.array([record.alphas_of(group) for record in records], dtype=np.float32),
             np.array(decays, dtype=np.float32),
             remainder=self.remainders.get(shard.name),
-            rounding="stochastic" if self.rounding == "stochastic" and shard.local.dtype != torch.float32 else "nearest",
+            rounding="stochastic"
+            if self.rounding == "stochastic" and shard.local.dtype != torch.float32
+            else "nearest",
             distribution=self.distribution,
         )

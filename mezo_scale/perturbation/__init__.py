@@ -18,6 +18,7 @@ from mezo_scale.perturbation.view import Branch, View
 
 __all__ = ["Branch", "View", "perturbed"]
 
+
 @contextmanager
 def perturbed(
     model: nn.Module,

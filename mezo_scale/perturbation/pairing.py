@@ -1,11 +1,11 @@
 """Which modules can run all branches of one tall batch, and how their inputs and outputs divide among the branches.
 
-Nothing is guessed from divisibility. Before the first paired evaluation the model runs twice, unperturbed, on two and on
-three rows of its batch ([a, b] and [a, b, a]). A tensor whose dim 0 grows as 2 : 3 and whose third block equals its first
-carries the batch in contiguous blocks; one whose dim 0 does not grow is shared (position ids, masks made to broadcast);
-anything else (tokens sorted by expert) is neither. A module that owns trainable parameters is a *unit* if its inputs and
-outputs divide cleanly; else its parent is asked, and so on up: T5's relative bias, a table over positions without a batch
-dim, makes its attention module the unit.
+Nothing is guessed from divisibility. Before the first paired evaluation the model runs twice, unperturbed, on two and
+on three rows of its batch ([a, b] and [a, b, a]). A tensor whose dim 0 grows as 2 : 3 and whose third block equals its
+first carries the batch in contiguous blocks; one whose dim 0 does not grow is shared (position ids, masks made to
+broadcast); anything else (tokens sorted by expert) is neither. A module that owns trainable parameters is a *unit* if
+its inputs and outputs divide cleanly; else its parent is asked, and so on up: T5's relative bias, a table over
+positions without a batch dim, makes its attention module the unit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Pairing:
         self.known: set[tuple[nn.Module, tuple[str, ...]]] = set()
         self.called: set[nn.Module] = set()
 
-    def learn(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, per_branch: int) -> None:
+    def learn(
+        self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, per_branch: int
+    ) -> None:
         """Run ``entry`` on two and on three rows of its arguments and settle the units below it.
 
         Raises:
@@ -67,8 +69,10 @@ class Pairing:
         while not self._is_clean(module):
             if module is entry:
                 raise ViewError(
-                    f"{type(entry).__name__} can't evaluate several branches in one batch: what {type(owner).__name__} takes or "
-                    "returns does not divide along dim 0. Evaluate one branch at a time (paired=False), or return per-row results"
+                    f"{type(entry).__name__} can't evaluate several branches in one batch: what "
+                    f"{type(owner).__name__} takes or "
+                    "returns does not divide along dim 0. Evaluate one branch at a time (paired=False), or "
+                    "return per-row results"
                 )
             module = self.parents.get(module, entry)
             while module not in self.inputs and module is not entry:  # a container that is never called itself
@@ -96,9 +100,13 @@ def has_cache(tree: Any) -> bool:
 def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any], main_input: str | None) -> int:
     """Rows of the tall batch: dim 0 of the model's main input, else of its first tensor with a batch dim."""
     candidates = [kwargs[main_input]] if main_input is not None and isinstance(kwargs.get(main_input), Tensor) else []
-    candidates += [t for _, t in tensors((args, kwargs)) if t.dim() >= 2] + [t for _, t in tensors((args, kwargs)) if t.dim() == 1]
+    candidates += [t for _, t in tensors((args, kwargs)) if t.dim() >= 2] + [
+        t for _, t in tensors((args, kwargs)) if t.dim() == 1
+    ]
     if not candidates:
-        raise ViewError("a model was called without any batched tensor under several branches: pass the batch repeated per branch")
+        raise ViewError(
+            "a model was called without any batched tensor under several branches: pass the batch repeated per branch"
+        )
     return int(candidates[0].shape[0])
 
 
@@ -163,7 +171,8 @@ def _third_is_first(tensor: Tensor) -> bool:
 
 
 def _classify(two: list[dict[str, tuple[int, bool]]], three: list[dict[str, tuple[int, bool]]]) -> Kinds:
-    """A path's kind over all calls of a module: one that changes from call to call is MIXED; sharing a single row is "one"."""
+    """A path's kind over all calls of a module: one that changes from call to call is MIXED; sharing a single row is
+    "one"."""
     kinds: Kinds = {}
     if len(two) != len(three):
         return {"": MIXED}

@@ -57,7 +57,10 @@ class View:
     def never_ran(self) -> list[str]:
         """Trainable parameters whose module no paired evaluation has called: their noise has no effect on the loss."""
         called = self._pairing.called
-        return [site.name for module, sites in self._sites.items() if called and module not in called for site in sites]
+        if not called:
+            return []
+        ran = {site.name for module, sites in self._sites.items() if module in called for site in sites}
+        return [shard.name for shard in self.layout.shards if shard.name not in ran]
 
     @contextmanager
     def branches(self, branches: Sequence[Branch]) -> Iterator[None]:
@@ -81,7 +84,12 @@ class View:
         self._branches, self._active, self._entry = [], (), None
 
     def _sites_by_module(self, model: nn.Module) -> dict[nn.Module, list[Site]]:
-        readers = {child: module for module in model.modules() if isinstance(module, READS_CHILDREN) for child in module.modules()}
+        readers = {
+            child: module
+            for module in model.modules()
+            if isinstance(module, READS_CHILDREN)
+            for child in module.modules()
+        }
         for module in list(readers):  # the outermost reader, should one contain another
             while readers[module] is not readers.get(readers[module], readers[module]):
                 readers[module] = readers[readers[module]]
@@ -114,7 +122,8 @@ class View:
         if rest or self._rows == 0:
             self._entry = None
             raise ViewError(
-                f"the batch has {rows} rows for {len(self._active)} branches: repeat its rows once per branch along dim 0"
+                f"the batch has {rows} rows for {len(self._active)} branches: repeat its rows once per branch "
+                "along dim 0"
             )
         known = set(self._pairing.units)
         self._muted = True
@@ -172,7 +181,8 @@ class View:
         """A unit in all branches: its rows of each with that branch's weights."""
         if module not in self._pairing.units:
             raise ViewError(
-                f"{type(module).__name__} ran under several branches but not when the model was first looked at: the model takes "
+                f"{type(module).__name__} ran under several branches but not when the model was first looked "
+                "at: the model takes "
                 "different paths from call to call. Evaluate one branch at a time (paired=False)"
             )
         if self._is_plain_linear(module, args, kwargs):
@@ -198,7 +208,7 @@ class View:
             self._active = active
         return self._merge(module, results)
 
-    def _linear(self, module: nn.Linear, x: Tensor) -> Tensor:
+    def _linear(self, module: Any, x: Tensor) -> Tensor:
         """y = x W^T + b per branch, each written straight to its rows of the result."""
         active = self._active
         inner = x.shape[-1]
@@ -224,7 +234,12 @@ class View:
         if type(module) is not nn.Linear or module not in self._sites or kwargs or len(args) != 1:
             return False
         x = args[0]
-        if isinstance(x, DTensor) or isinstance(module.weight, DTensor) or x.dim() < 2 or x.shape[0] % len(self._active):
+        if (
+            isinstance(x, DTensor)
+            or isinstance(module.weight, DTensor)
+            or x.dim() < 2
+            or x.shape[0] % len(self._active)
+        ):
             return False
         batched = next(iter(self._pairing.inputs[module].values())) == pairing.BATCHED
         return batched and not torch.is_autocast_enabled(x.device.type)
@@ -329,7 +344,13 @@ class _RowsOf(TorchFunctionMode):
 
     def __init__(self, table: Tensor, param_id: int, branch: Branch, dtype: torch.dtype, distribution: str) -> None:
         super().__init__()
-        self.table, self.param_id, self.branch, self.dtype, self.distribution = table, param_id, branch, dtype, distribution
+        self.table, self.param_id, self.branch, self.dtype, self.distribution = (
+            table,
+            param_id,
+            branch,
+            dtype,
+            distribution,
+        )
         self.used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -368,7 +389,8 @@ def _is_lookup(module: nn.Module, sites: Sequence[Site]) -> bool:
 
 
 def _by_seed(branches: Sequence[Branch], active: Sequence[int]) -> list[tuple[int, ...]]:
-    """Neighbouring branches of one seed, two at most: one generation of z serves both signs, and scratch stays at two."""
+    """Neighbouring branches of one seed, two at most: one generation of z serves both signs, and scratch stays at
+    two."""
     groups: list[tuple[int, ...]] = []
     for branch in active:
         if groups and len(groups[-1]) == 1 and branches[groups[-1][0]][0] == branches[branch][0]:
@@ -383,7 +405,8 @@ def _rows_of(module: nn.Module, tensor: Tensor, count: int) -> list[Tensor]:
     size, rest = divmod(int(tensor.shape[0]), count)
     if rest:
         raise ViewError(
-            f"{type(module).__name__} got {tensor.shape[0]} rows for {count} branches, which do not divide: its rows depend on "
+            f"{type(module).__name__} got {tensor.shape[0]} rows for {count} branches, which do not divide: its "
+            "rows depend on "
             "the data. Evaluate one branch at a time (paired=False)"
         )
     if isinstance(tensor, DTensor):
@@ -391,6 +414,7 @@ def _rows_of(module: nn.Module, tensor: Tensor, count: int) -> list[Tensor]:
             raise ViewError("a tensor-parallel plan shards the batch dim of an activation: shard hidden dims instead")
         local = tensor._local_tensor
         return [
-            DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False) for part in local.split(size)
+            DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False)
+            for part in torch.split(local, size)
         ]
-    return list(tensor.split(size))
+    return list(torch.split(tensor, size))

@@ -67,7 +67,9 @@ def discover(model: nn.Module) -> Layout:
                 name = prefix + attr
                 local, runs, replica = stored
                 _check_storage(name, local)
-                found[identity] = Shard(name, noise.param_id(name), shape, local, runs, replica, is_decayed(module, attr))
+                found[identity] = Shard(
+                    name, noise.param_id(name), shape, local, runs, replica, is_decayed(module, attr)
+                )
             sites.append(Site(module, attr, found[identity].name, found[identity].param_id))
     if not found:
         raise ModelError("the model has no trainable parameter: set requires_grad on what MeZO is to tune")
@@ -91,9 +93,12 @@ def _stored(name: str, param: nn.Parameter) -> tuple[tuple[int, ...], tuple[torc
             raise ShardingError(f"{name} is not contiguous in memory: call .contiguous() on it before tuning")
         return tuple(param.shape), plain.local(param)
     if type(param).__module__.startswith(("bitsandbytes", "torchao", "quanto", "hqq")):
-        raise ModelError(f"{name} is quantised ({type(param).__name__}): tune unquantised weights, or LoRA adapters on them")
+        raise ModelError(
+            f"{name} is quantised ({type(param).__name__}): tune unquantised weights, or LoRA adapters on them"
+        )
     raise ShardingError(
-        f"{name} is a {type(param).__module__}.{type(param).__name__} over {type(param.data).__name__}, a kind of sharding that "
+        f"{name} is a {type(param).__module__}.{type(param).__name__} over {type(param.data).__name__}, a kind "
+        "of sharding that "
         "is not known here: expected plain tensors, DTensor (FSDP2, TP), FSDP1 or DeepSpeed ZeRO-3"
     )
 
@@ -121,7 +126,8 @@ def _unwrap(module: nn.Module) -> nn.Module | None:
     if deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine):
         if module.zero_optimization_stage() != 3:
             raise ShardingError(
-                f"DeepSpeed runs at ZeRO stage {module.zero_optimization_stage()}: forward-only tuning shards parameters, "
+                f"DeepSpeed runs at ZeRO stage {module.zero_optimization_stage()}: forward-only tuning shards "
+                "parameters, "
                 'which is stage 3; set "zero_optimization": {"stage": 3}'
             )
         return module.module  # type: ignore[no-any-return]

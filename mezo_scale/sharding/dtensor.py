@@ -7,6 +7,7 @@ list per dim, and its row-major neighbours merge into runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def local(param: DTensor) -> tuple[torch.Tensor, Runs, int]:
     runs = runs_of(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), param.placements)
     if not stored.is_contiguous() or int(runs[:, 2].sum()) != stored.numel():
         raise ShardingError(
-            f"a DTensor of shape {tuple(param.shape)} with placements {param.placements} stores {tuple(stored.shape)} here, "
+            f"a DTensor of shape {tuple(param.shape)} with placements {param.placements} stores "
+            f"{tuple(stored.shape)} here, "
             f"but its placements say {int(runs[:, 2].sum())} contiguous elements: this layout is not supported"
         )
     return stored.view(-1), runs, _replica(mesh.shape, coordinate, param.placements)
@@ -51,7 +53,11 @@ def runs_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int
         if not isinstance(placement, Shard | _StridedShard):
             raise ShardingError(f"a parameter has the placement {placement}: expected Shard or Replicate")
         dim = placement.dim
-        pieces = _chunk(indices[dim], placement.split_factor) if isinstance(placement, _StridedShard) else [indices[dim]]
+        pieces = (
+            _chunk(indices[dim], int(placement.split_factor))
+            if isinstance(placement, _StridedShard)
+            else [indices[dim]]
+        )
         indices[dim] = np.concatenate([_chunk(piece, size)[position] for piece in pieces])
     starts: Indices = np.zeros(1, dtype=np.int64)
     width = stride = 1  # width: the elements, from the last dim on, that hang together
@@ -80,7 +86,7 @@ def _chunk(index: Indices, pieces: int) -> list[Indices]:
     return [index[i * size : (i + 1) * size] for i in range(pieces)]
 
 
-def _replica(mesh: Any, coordinate: list[int], placements: Any) -> int:
+def _replica(mesh: Any, coordinate: Sequence[int], placements: Any) -> int:
     """The position among the copies: row-major over the mesh axes that replicate."""
     number = 0
     for size, position, placement in zip(mesh, coordinate, placements, strict=True):

@@ -1,7 +1,7 @@
 """A hash of a model's trainable values that does not depend on how they are sharded.
 
-Each element contributes a mix of its bits, its index and its parameter's id; contributions add modulo 2^64, so ranks add
-their parts in any order. It guards against the wrong base model, not against an adversary.
+Each element contributes a mix of its bits, its index and its parameter's id; contributions add modulo 2^64, so ranks
+add their parts in any order. It guards against the wrong base model, not against an adversary.
 """
 
 from __future__ import annotations

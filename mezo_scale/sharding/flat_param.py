@@ -37,7 +37,9 @@ def _slices_of(unit: FullyShardedDataParallel, handle: Any) -> Iterator[FlatSlic
     stored = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
     replica = _replica(unit, handle)
     originals = flat._params if flat._params is not None else [flat] * len(flat._param_infos)
-    for info, shape, part, original in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, originals, strict=True):
+    for info, shape, part, original in zip(
+        flat._param_infos, flat._shapes, flat._shard_param_infos, originals, strict=True
+    ):
         places = [(info.module, info.param_name)] + [
             (shared.module, shared.param_name)
             for shared in flat._shared_param_infos

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-3: a parameter is cut in equal 1-D partitions, the last ones padded; gathered by module hooks.
 
-DeepSpeed itself is not imported: its parameters carry what is needed (``ds_tensor``, ``ds_shape``, ``ds_process_group``).
+DeepSpeed itself is not imported: its parameters carry what is needed (``ds_tensor``, ``ds_shape``,
+``ds_process_group``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def local(param: Any) -> tuple[torch.Tensor, Runs, int]:
             'set "offload_param" to {"device": "cpu"} or leave it out'
         )
     if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ShardingError(f"ZeRO-3 stores a parameter as {stored.dtype} (quantised weights): switch the quantisation off")
+        raise ShardingError(
+            f"ZeRO-3 stores a parameter as {stored.dtype} (quantised weights): switch the quantisation off"
+        )
     rank = dist.get_rank(param.ds_process_group)
     size = int(stored.ds_numel)
     start = rank * size
@@ -40,7 +43,8 @@ def local(param: Any) -> tuple[torch.Tensor, Runs, int]:
 def refresh(model: nn.Module) -> None:
     """Bring gathered weights up to date in place (persisted small parameters stay gathered), in one all-gather a group.
 
-    Partitioning them instead would hide the release from DeepSpeed's count of gathered elements, which ends prefetching.
+    Partitioning them instead would hide the release from DeepSpeed's count of gathered elements, which ends
+    prefetching.
     """
     owned: list[Any] = [param for param in model.parameters() if owns(param)]
     gathered = [param for param in owned if param.ds_status.name == "AVAILABLE"]
