@@ -73,7 +73,7 @@ def steps(
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     words = _u64(seeds)
     factors = np.ascontiguousarray(alphas, dtype=np.float32)
-    if words.ndim != 2 or words.shape[1] == 0 and words.shape[0] > 0:
+    if words.ndim != 2 or (words.shape[1] == 0 and words.shape[0] > 0):
         raise ValueError(f"seeds has shape {list(words.shape)}, expected [S, K] with K >= 1")
     if factors.shape != words.shape:
         raise ValueError(f"alphas has shape {list(factors.shape)}, expected that of seeds, {list(words.shape)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mezo_scale.noise import cpu_kernels
-from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32
+from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32, MASTER
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 CHUNK = 1 << 16  # draws below which a thread is not worth its start, about 0.1 ms
@@ -63,13 +63,14 @@ def write_(
     stochastic: bool,
     stream: int,
 ) -> None:
-    words, kind = _raw(local), KINDS[local.dtype]
-    low = np.empty(0, np.int16) if remainder is None else remainder.numpy()
-    master, key = remainder is not None, np.uint64(param_id)
+    words, low, kind = _raw(local), np.empty(0, np.int16), KINDS[local.dtype]
+    if remainder is not None:
+        low, kind = remainder.numpy(), MASTER
+    key = np.uint64(param_id)
 
     def sweep(first: int, begin: int, end: int) -> None:
         part = runs[first:]
-        cpu_kernels.write(words, kind, low, master, part, begin, end, key, seeds, alphas, decays, stochastic, stream)
+        cpu_kernels.write(words, low, kind, part, begin, end, key, seeds, alphas, decays, stochastic, stream)
 
     _spread(runs, seeds.size, sweep)
 

@@ -19,28 +19,28 @@ from mezo_scale.noise import spec
 P = ParamSpec("P")
 R = TypeVar("R")
 F32 = npt.NDArray[np.float32]
+I16 = npt.NDArray[np.int16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of storage
+FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)  # kinds of storage; MASTER is bfloat16 and a remainder
 
 NORMAL, ROUNDING, RADEMACHER = spec.NORMAL, spec.ROUNDING, spec.RADEMACHER
 TILE, LANES = spec.TILE, spec.LANES
 
-f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
+f32, i16, i32, u16, u32, u64 = np.float32, np.int16, np.int32, np.uint16, np.uint32, np.uint64
 M0, M1 = map(u64, spec.MULTIPLIERS)
 W0, W1 = map(u64, spec.WEYL)
 LOW, HIGH = u64(spec.M32), u64(32)
 ROUNDS = spec.ROUNDS
-LN2 = f32(spec.LN2)
-L0, L1, L2, L3, L4, L5, L6, L7 = map(f32, spec.LOG)
+LN2 = f32(-2 * spec.LN2)
+L0, L1, L2, L3, L4, L5, L6, L7 = (f32(-2 * coefficient) for coefficient in spec.LOG)
 S0, S1, S2, S3 = map(f32, spec.SIN)
 C0, C1, C2, C3 = map(f32, spec.COS)
-HALF, ONE, MINUS_TWO, P14, P16 = f32(0.5), f32(1), f32(-2), f32(2.0**-14), f32(2.0**-16)
-P24, PER_P24, P16_UP = f32(2.0**-24), f32(2.0**24), f32(65536)
+HALF, ONE, P24, P32, PER_P24, P16 = f32(0.5), f32(1), f32(2.0**-24), f32(2.0**-32), f32(2.0**24), f32(65536)
 
 
 def _inner(function: Callable[P, R]) -> Callable[P, R]:
@@ -71,35 +71,30 @@ def _philox(words: U32, begin: int, end: int, low: u64, c1: u64, p0: u64, p1: u6
 
 
 @_inner
-def _box_muller(x: U32, even: F32, odd: F32, t: F32) -> None:
-    """Two normals from each word x [n]. t [n] is scratch."""
-    t_bits, exponent_bits = t.view(i32), even
+def _box_muller(x: U32, even: F32, odd: F32) -> None:
+    """Two normals from each word, by the specification's steps less those that only move a power of two or a sign.
+
+    The halves of a word become the odd integers 2h + 1 = 2^17 u and 2^32 f; -2 goes into LN2 and LOG.
+    """
     for i in range(len(x)):
-        t[i] = (f32(i32(x[i] >> u32(16))) + HALF) * P16
-    for i in range(len(x)):
-        b = i32(t_bits[i] + i32(0x3F800000 - 0x3F3504F3))
-        exponent_bits[i] = f32(i32(i32(b >> i32(23)) - i32(127)))
-        t_bits[i] = i32(i32(b & i32(0x7FFFFF)) + i32(0x3F3504F3))
-    for i in range(len(x)):
-        m = t[i] - ONE
-        log = m * (((((((L7 * m + L6) * m + L5) * m + L4) * m + L3) * m + L2) * m + L1) * m + L0)
-        radius = np.sqrt(MINUS_TWO * (exponent_bits[i] * LN2 + log))
-        a = i32(x[i] & u32(0xFFFF))
-        f = (f32(i32(a & i32(0x3FFF))) + HALF) * P14 - HALF
+        b = i32(f32(i32(i32(x[i] >> u32(15)) | i32(1))).view(i32) - i32(0x47B504F3))
+        exponent = f32(i32(b >> i32(23)))
+        t = i32(i32(b & i32(0x7FFFFF)) + i32(0x3F3504F3)).view(f32) - ONE
+        log = t * (((((((L7 * t + L6) * t + L5) * t + L4) * t + L3) * t + L2) * t + L1) * t + L0)
+        radius = np.sqrt(exponent * LN2 + log)
+        f = f32(i32(i32(i32(x[i] << u32(18)) ^ i32(-0x80000000)) | i32(1 << 17))) * P32
         y = f * f
         s = f * (((S3 * y + S2) * y + S1) * y + S0)
         c = ((C3 * y + C2) * y + C1) * y + C0
-        q = i32(a >> i32(14))
+        q = i32(x[i] >> u32(14)) & i32(3)
         turned = (q & 1) != 0
         cosine, sine = (s if turned else c), (c if turned else s)
-        even[i] = radius * (-cosine if q == 1 or q == 2 else cosine)
+        even[i] = radius * (-cosine if q in (1, 2) else cosine)
         odd[i] = radius * (-sine if q >= 2 else sine)
 
 
 @_inner
-def _draw(
-    z: F32, words: U32, scratch: F32, stream: int, seed: u64, param_id: u64, tile: int, begin: int, end: int
-) -> None:
+def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, begin: int, end: int) -> None:
     """Elements begin .. end - 1, and perhaps others, of z [1024] for one tile. Rounding bits come as int32 in z."""
     p0, p1, k0, k1 = param_id & LOW, param_id >> HIGH, seed & LOW, seed >> HIGH
     if stream == RADEMACHER:
@@ -122,7 +117,7 @@ def _draw(
         x = words[w, c:d]
         even, odd = z[w * 256 + c : w * 256 + d], z[w * 256 + 128 + c : w * 256 + 128 + d]
         if stream == NORMAL:
-            _box_muller(x, even, odd, scratch[c:d])
+            _box_muller(x, even, odd)
         else:
             low_bits, high_bits = even.view(i32), odd.view(i32)
             for i in range(len(x)):
@@ -130,14 +125,15 @@ def _draw(
 
 
 @_inner
-def _load(theta: F32, raw: U16, kind: int, at: int) -> None:
+def _load(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
+    """theta from a 16-bit storage."""
     n = len(theta)
-    if kind == FLOAT32:
-        source = raw.view(f32)[at : at + n]
-        for i in range(n):
-            theta[i] = source[i]
-        return
     bits, half = theta.view(i32), raw[at : at + n]
+    if kind == MASTER:
+        lower = low[at : at + n]
+        for i in range(n):
+            bits[i] = i32(i32(i32(half[i]) << i32(16)) + i32(lower[i]))
+        return
     if kind == BFLOAT16:
         for i in range(n):
             bits[i] = i32(half[i]) << i32(16)
@@ -186,7 +182,7 @@ def _round_stochastic(theta: F32, random: F32, kind: int) -> None:
             rounded = i32(i32(magnitude + i32(r[i] >> i32(3))) & i32(-0x2000))
             steps = abs(theta[i]) * PER_P24
             whole = np.floor(steps)
-            up = ONE if (steps - whole) * P16_UP >= f32(i32(i32(65536) - r[i])) else f32(0)
+            up = ONE if (steps - whole) * P16 >= f32(i32(i32(65536) - r[i])) else f32(0)
             _settle_half(theta, bits, i, b, magnitude, rounded, (whole + up) * P24)
 
 
@@ -202,18 +198,19 @@ def _settle_half(theta: F32, bits: I32, i: int, b: i32, magnitude: i32, rounded:
 
 
 @_inner
-def _store(theta: F32, raw: U16, kind: int, at: int) -> None:
-    """theta, already rounded, into its storage."""
+def _store(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
+    """theta, already rounded, into a 16-bit storage."""
     n = len(theta)
-    if kind == FLOAT32:
-        target = raw.view(f32)[at : at + n]
-        for i in range(n):
-            target[i] = theta[i]
-        return
     bits, half = theta.view(i32), raw[at : at + n]
+    if kind == MASTER:
+        lower = low[at : at + n]
+        for i in range(n):
+            half[i] = u16(i32(bits[i] + i32(0x8000)) >> i32(16))
+            lower[i] = i16(bits[i])
+        return
     if kind == BFLOAT16:
         for i in range(n):
-            half[i] = np.uint16(bits[i] >> i32(16))
+            half[i] = u16(bits[i] >> i32(16))
         return
     for i in range(n):
         magnitude = i32(bits[i] & i32(0x7FFFFFFF))
@@ -221,7 +218,7 @@ def _store(theta: F32, raw: U16, kind: int, at: int) -> None:
         large = i32(i32(magnitude - i32(0x38000000)) >> i32(13))
         special = i32(0x7C00) | i32(i32(magnitude >> i32(13)) & i32(0x3FF))
         h = small if magnitude < i32(0x38800000) else (large if magnitude < i32(0x7F800000) else special)
-        half[i] = np.uint16(h | i32(i32(bits[i] >> i32(16)) & i32(0x8000)))
+        half[i] = u16(h | i32(i32(bits[i] >> i32(16)) & i32(0x8000)))
 
 
 @_inner
@@ -231,12 +228,28 @@ def _segment(start: int, left: int) -> int:
     return min(n, LANES - (start & (LANES - 1))) if n < LANES else n
 
 
+@_inner
+def _apply(theta: F32, acc: F32, z: F32, alpha: f32, decay: f32, first: bool, last: bool) -> None:
+    """One direction of a step; with the last one, theta itself. A decay of 1 changes nothing."""
+    if first and last:
+        for i in range(len(theta)):
+            theta[i] = theta[i] * decay + alpha * z[i]
+    elif first:
+        for i in range(len(theta)):
+            acc[i] = alpha * z[i]
+    elif last:
+        for i in range(len(theta)):
+            theta[i] = theta[i] * decay + (acc[i] + alpha * z[i])
+    else:
+        for i in range(len(theta)):
+            acc[i] = acc[i] + alpha * z[i]
+
+
 @_sweep
 def write(
     local: U16,
+    remainder: I16,
     kind: int,
-    remainder: npt.NDArray[np.int16],
-    master: bool,
     runs: I64,
     begin: int,
     end: int,
@@ -248,8 +261,9 @@ def write(
     stream: int,
 ) -> None:
     """All steps on the elements begin .. end - 1 of the runs laid end to end."""
-    words, scratch = np.empty((4, LANES), u32), np.empty(LANES, f32)
+    words, directions = np.empty((4, LANES), u32), seeds.shape[1]
     z_tile, theta_tile, acc_tile = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
+    stored = local.view(f32) if kind == FLOAT32 else theta_tile
     position = 0
     for run in range(len(runs)):
         if position >= end:
@@ -260,49 +274,22 @@ def write(
         while left > 0:
             n = _segment(start, left)
             tile, r = start >> 10, start & (TILE - 1)
-            theta, acc, z = theta_tile[r : r + n], acc_tile[r : r + n], z_tile[r : r + n]
-            if master:
-                _load_master(theta, local, remainder, at)
-            else:
-                _load(theta, local, kind, at)
+            acc, z = acc_tile[r : r + n], z_tile[r : r + n]
+            theta = stored[at : at + n] if kind == FLOAT32 else theta_tile[r : r + n]
+            if kind != FLOAT32:
+                _load(theta, local, remainder, kind, at)
             for step in range(len(seeds)):
-                for k in range(seeds.shape[1]):
-                    _draw(z_tile, words, scratch, stream, seeds[step, k], param_id, tile, r, r + n)
-                    alpha = alphas[step, k]
-                    if k == 0:
-                        for i in range(n):
-                            acc[i] = alpha * z[i]
-                    else:
-                        for i in range(n):
-                            acc[i] = acc[i] + alpha * z[i]
-                decay = decays[step]
-                for i in range(n):
-                    theta[i] = theta[i] * decay + acc[i]  # a decay of 1 changes nothing
-                if stochastic and not master and kind != FLOAT32:
-                    _draw(z_tile, words, scratch, ROUNDING, seeds[step, 0], param_id, tile, r, r + n)
+                for k in range(directions):
+                    _draw(z_tile, words, stream, seeds[step, k], param_id, tile, r, r + n)
+                    _apply(theta, acc, z, alphas[step, k], decays[step], k == 0, k == directions - 1)
+                if stochastic and kind in (BFLOAT16, FLOAT16):
+                    _draw(z_tile, words, ROUNDING, seeds[step, 0], param_id, tile, r, r + n)
                     _round_stochastic(theta, z, kind)
-                elif not master:
+                else:
                     _round(theta, kind)
-            if master:
-                _store_master(theta, local, remainder, at)
-            else:
-                _store(theta, local, kind, at)
+            if kind != FLOAT32:
+                _store(theta, local, remainder, kind, at)
             at, start, left = at + n, start + n, left - n
-
-
-@_inner
-def _load_master(theta: F32, local: U16, remainder: npt.NDArray[np.int16], at: int) -> None:
-    bits, high, low = theta.view(i32), local[at : at + len(theta)], remainder[at : at + len(theta)]
-    for i in range(len(theta)):
-        bits[i] = i32(i32(i32(high[i]) << i32(16)) + i32(low[i]))
-
-
-@_inner
-def _store_master(theta: F32, local: U16, remainder: npt.NDArray[np.int16], at: int) -> None:
-    bits, high, low = theta.view(i32), local[at : at + len(theta)], remainder[at : at + len(theta)]
-    for i in range(len(theta)):
-        high[i] = np.uint16(i32(bits[i] + i32(0x8000)) >> i32(16))
-        low[i] = np.int16(bits[i])
 
 
 @_sweep
@@ -327,8 +314,10 @@ def view(
     targets [n]: where in a branch's output, of branch_numel elements, each run goes. leaders [B]: the first branch
     with the same seed, whose z a branch shares.
     """
-    words, scratch = np.empty((4, LANES), u32), np.empty(LANES, f32)
+    words, no_low = np.empty((4, LANES), u32), np.empty(0, i16)
     z_tile, theta_tile, sum_tile = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
+    stored = weight.view(f32) if kind == FLOAT32 else theta_tile
+    filled = out.view(f32) if out_kind == FLOAT32 else sum_tile
     position = 0
     for run in range(len(runs)):
         if position >= end:
@@ -340,18 +329,22 @@ def view(
         while left > 0:
             n = _segment(start, left)
             tile, r = start >> 10, start & (TILE - 1)
-            theta, total, z = theta_tile[r : r + n], sum_tile[r : r + n], z_tile[r : r + n]
-            _load(theta, weight, kind, at)
+            z = z_tile[r : r + n]
+            theta = stored[at : at + n] if kind == FLOAT32 else theta_tile[r : r + n]
+            if kind != FLOAT32:
+                _load(theta, weight, no_low, kind, at)
             for leader in range(len(seeds)):
                 if leaders[leader] != leader:
                     continue
-                _draw(z_tile, words, scratch, stream, seeds[leader], param_id, tile, r, r + n)
+                _draw(z_tile, words, stream, seeds[leader], param_id, tile, r, r + n)
                 for b in range(leader, len(seeds)):
                     if leaders[b] != leader:
                         continue
-                    scale = scales[b]
+                    to, scale = b * branch_numel + target, scales[b]
+                    total = filled[to : to + n] if out_kind == FLOAT32 else sum_tile[r : r + n]
                     for i in range(n):
                         total[i] = theta[i] + scale * z[i]
-                    _round(total, out_kind)
-                    _store(total, out, out_kind, b * branch_numel + target)
+                    if out_kind != FLOAT32:
+                        _round(total, out_kind)
+                        _store(total, out, no_low, out_kind, to)
             at, start, target, left = at + n, start + n, target + n, left - n

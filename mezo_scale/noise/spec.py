@@ -5,7 +5,7 @@ Generator: Philox4x32-10; Salmon, Moraes, Dror, Shaw, "Parallel random numbers: 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from hashlib import blake2b
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -52,7 +52,7 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return c0, c1, c2, c3
 
 
-@lru_cache(maxsize=None)
+@cache
 def param_id(name: str) -> int:
     """The u64 that stands for a parameter: BLAKE2b-64 of its canonical name, read little-endian."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
