@@ -6,6 +6,7 @@ MezoError
 ├── ShardingError      a layout that is not known, or that does not fit the processes
 ├── ViewError          the model can't be evaluated under a perturbed view as asked
 ├── TrajectoryError    a trajectory that is damaged, or belongs to another model or noise version
+├── LaunchError        the processes of a run can't be started, or don't find each other
 └── RankError          the ranks of one run disagree
 
 The command line prints a MezoError as one line and exits with 2; anything else is a bug and keeps its traceback.
@@ -35,6 +36,10 @@ class ViewError(MezoError):
 
 class TrajectoryError(MezoError):
     """A trajectory that is damaged, or belongs to another model or noise version."""
+
+
+class LaunchError(MezoError):
+    """The processes of a run can't be started, or don't find each other."""
 
 
 class RankError(MezoError):
