@@ -48,7 +48,8 @@ def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> N
 
 
 def _raw(tensor: Tensor) -> npt.NDArray[np.uint16]:
-    words: npt.NDArray[np.uint16] = tensor.detach().reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    # Not .numpy(): it fixes the storage's size for good, and FSDP frees gathered weights by resizing theirs.
+    words: npt.NDArray[np.uint16] = np.from_dlpack(tensor.detach().reshape(-1).view(torch.int16)).view(np.uint16)
     return words
 
 

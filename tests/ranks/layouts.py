@@ -1,7 +1,8 @@
 """Every way to shard a model that is supported, done by the scheme's own API; and back again without mezo_scale.
 
 `shard(layout, model)` shards (in place where the scheme does) and `gather(sharded)` returns every parameter, whole, by
-its canonical name. What a rank stores is what is gathered: copies that a scheme keeps beside its shards are not looked at.
+its canonical name. What the ranks store is what is gathered: copies that a scheme keeps beside its shards are not
+looked at.
 """
 
 import functools

@@ -10,6 +10,7 @@
 - An exception on any rank raises RankFailed with the rank, its traceback and what the ranks printed.
 - A world in which a call failed, or took longer than its timeout, is killed and started anew when next asked for.
 - `fresh=True` starts a world for this call alone: for functions that kill processes or spoil global state.
+- `first=n` puts rank 0 in the n-th interpreter, the others after it: other processes, with other hash seeds.
 """
 
 import contextlib
@@ -61,13 +62,13 @@ class RankFailed(AssertionError):
 
 
 class Nursery:
-    """The process that forks the workers of one rank."""
+    """An interpreter, with a hash seed of its own, that forks workers."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self) -> None:
         self.control, theirs = Pipe()
         hash_seed = str(random.SystemRandom().randrange(2**32))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks.worker", str(rank), str(theirs.fileno())],
+            [sys.executable, "-m", "tests.ranks.worker", str(theirs.fileno())],
             cwd=ROOT,
             env=os.environ | WORKER_ENVIRONMENT | {"PYTHONHASHSEED": hash_seed},
             pass_fds=[theirs.fileno()],
@@ -122,7 +123,7 @@ class World:
         for rank, nursery in enumerate(nurseries):
             ours, theirs = Pipe()
             log = folder / f"rank{rank}.log"
-            pid = nursery.ask(Fork(len(nurseries), str(folder / "store"), str(log)), theirs.fileno())
+            pid = nursery.ask(Fork(rank, len(nurseries), str(folder / "store"), str(log)), theirs.fileno())
             theirs.close()
             self.workers.append(Worker(rank, nursery, ours, pid, log))
 
@@ -174,7 +175,7 @@ class Ranks:
     def __init__(self, max_ranks: int = MAX_RANKS) -> None:
         self._max_ranks = max_ranks
         self._nurseries: list[Nursery] = []
-        self._worlds: dict[int, World] = {}
+        self._worlds: dict[tuple[int, int], World] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="mezo-ranks-")
         self._started = 0
 
@@ -185,23 +186,24 @@ class Ranks:
         *,
         timeout_s: float = 60,
         fresh: bool = False,
+        first: int = 0,
         **kwargs: Any,
     ) -> list[T]:
         if not 1 <= world_size <= self._max_ranks:
             raise ValueError(f"world_size {world_size}: the pool has 1 to {self._max_ranks} ranks")
         if fresh:
-            world = self._start(world_size)
+            world = self._start(world_size, first)
             try:
                 return world.call(function, kwargs, timeout_s)
             finally:
                 world.kill()
-        world = self._worlds.pop(world_size, None) or self._start(world_size)
+        world = self._worlds.pop((world_size, first), None) or self._start(world_size, first)
         try:
             results = world.call(function, kwargs, timeout_s)
         except BaseException:
             world.kill()
             raise
-        self._worlds[world_size] = world
+        self._worlds[world_size, first] = world
         return results
 
     def close(self) -> None:
@@ -211,11 +213,12 @@ class Ranks:
         self._worlds.clear()
         self._folder.cleanup()
 
-    def _start(self, world_size: int) -> World:
+    def _start(self, world_size: int, first: int) -> World:
         # Their imports take seconds and run side by side, so a larger world than the first costs no new wait.
         while len(self._nurseries) < self._max_ranks:
-            self._nurseries.append(Nursery(len(self._nurseries)))
+            self._nurseries.append(Nursery())
         self._started += 1
         folder = pathlib.Path(self._folder.name) / f"world{self._started}-of-{world_size}"
         folder.mkdir()
-        return World(self._nurseries[:world_size], folder)
+        hosts = [self._nurseries[(first + rank) % self._max_ranks] for rank in range(world_size)]
+        return World(hosts, folder)

@@ -59,6 +59,10 @@ def test_every_rank_has_its_own_hash_seed(ranks: Ranks) -> None:
     assert len(set(ranks(4, hash_of, text="seed"))) == 4
 
 
+def test_the_same_rank_can_have_another_hash_seed(ranks: Ranks) -> None:
+    assert ranks(1, hash_of, text="seed") != ranks(1, hash_of, text="seed", first=1)
+
+
 def test_an_exception_names_its_rank_and_the_world_recovers(ranks: Ranks) -> None:
     with pytest.raises(RankFailed, match="the flux is wrong") as failure:
         ranks(3, fail_on, rank=1)

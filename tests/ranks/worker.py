@@ -4,7 +4,7 @@ A nursery pays for the imports once and starts no thread, so a fork of it is a r
 per rank, because a hash seed belongs to an interpreter and every rank shall have its own. Both end when the test
 process does: a nursery reads end-of-file, kills its workers by their ids and leaves.
 
-Run by the pool as: python -m tests.ranks.worker RANK CONTROL_FD
+Run by the pool as: python -m tests.ranks.worker CONTROL_FD
 """
 
 import contextlib
@@ -25,8 +25,9 @@ COLLECTIVE_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Fork:
-    """Start this nursery's rank of a world. The worker's end of its connection follows as a file descriptor."""
+    """Start a rank of a world. The worker's end of its connection follows as a file descriptor."""
 
+    rank: int
     world_size: int
     store: str
     log: str
@@ -39,9 +40,10 @@ class Kill:
     pid: int
 
 
-def nursery(rank: int, control: Connection) -> None:
+def nursery(control: Connection) -> None:
+    import mezo_scale  # noqa: F401  for the imports
     import tests.ranks.layouts
-    import tests.ranks.models  # noqa: F401  for the imports
+    import tests.ranks.models  # noqa: F401
 
     children: set[int] = set()
     try:
@@ -53,7 +55,7 @@ def nursery(rank: int, control: Connection) -> None:
                     if pid == 0:
                         control.close()
                         with contextlib.suppress(KeyboardInterrupt):
-                            _serve(rank, order, Connection(fd))
+                            _serve(order, Connection(fd))
                         os._exit(0)
                     os.close(fd)
                     children.add(pid)
@@ -70,14 +72,14 @@ def nursery(rank: int, control: Connection) -> None:
         os._exit(0)  # taking down an interpreter this full takes seconds
 
 
-def _serve(rank: int, order: Fork, calls: Connection) -> None:
+def _serve(order: Fork, calls: Connection) -> None:
     """Answer (function, kwargs) with (True, result) or (False, traceback) until the pool hangs up."""
     with open(order.log, "wb", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, file=sys.stderr)
     try:
-        _join(rank, order)
+        _join(order)
         joined = None
     except Exception:
         joined = traceback.format_exc()
@@ -98,16 +100,16 @@ def _serve(rank: int, order: Fork, calls: Connection) -> None:
         calls.send_bytes(answer)
 
 
-def _join(rank: int, order: Fork) -> None:
+def _join(order: Fork) -> None:
     import deepspeed
     import torch.distributed as dist
 
     world = str(order.world_size)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    os.environ.update(RANK=str(order.rank), LOCAL_RANK=str(order.rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(order.store, order.world_size),
-        rank=rank,
+        rank=order.rank,
         world_size=order.world_size,
         timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
@@ -120,4 +122,4 @@ if __name__ == "__main__":
     # Under its real name, so that orders unpickle to the classes that are matched here.
     from tests.ranks import worker
 
-    worker.nursery(int(sys.argv[1]), Connection(int(sys.argv[2])))
+    worker.nursery(Connection(int(sys.argv[1])))
