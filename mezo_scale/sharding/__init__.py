@@ -47,7 +47,8 @@ def discover(model: nn.Module) -> Layout:
     found: dict[object, Shard] = {}
     sites: list[Site] = []
     for module, prefix in prefixes.items():
-        attrs = [attr for attr, param in module._parameters.items() if param is not None]
+        own = module._parameters.items()
+        attrs = [attr for attr, param in own if param is not None and not flat_param.owns(param)]
         attrs += [attr for owner, attr in flat if owner is module and attr not in attrs]
         for attr in attrs:
             part = flat.get((module, attr))

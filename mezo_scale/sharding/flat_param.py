@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from mezo_scale.sharding.shard import Runs, run
@@ -23,6 +24,11 @@ class FlatSlice(NamedTuple):
     local: torch.Tensor
     runs: Runs
     replica: int
+
+
+def owns(param: torch.Tensor) -> bool:
+    """Whether this is a unit's flat parameter itself, which without ``use_orig_params`` sits among the module's own."""
+    return isinstance(param, FlatParameter)
 
 
 def slices(model: nn.Module) -> Iterator[FlatSlice]:
@@ -69,5 +75,6 @@ def refresh(model: nn.Module) -> None:
     for unit in model.modules():
         if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None and unit._is_root is not None:
             handle = unit._handle
-            if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+            # The root's goes back to its shard without freeing what it gathered, and would use that again.
+            if handle.uses_sharded_strategy and not handle.needs_unshard():
                 _reshard(unit, handle, True)
