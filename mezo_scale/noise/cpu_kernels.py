@@ -96,26 +96,24 @@ def _box_muller(x: U32, even: F32, odd: F32) -> None:
 @_inner
 def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, begin: int, end: int) -> None:
     """Elements begin .. end - 1, and perhaps others, of z [1024] for one tile. Rounding bits come as int32 in z."""
-    p0, p1, k0, k1 = param_id & LOW, param_id >> HIGH, seed & LOW, seed >> HIGH
+    first, last = begin >> 7, (end - 1) >> 7  # lanes; for signs, blocks
+    c, d, blocks = first, last + 1, 8
+    if stream != RADEMACHER:  # whole groups of 32 columns: what the vector code takes at once
+        c, d, blocks = begin & 127 & ~31, ((end - 1) & 127 | 31) + 1, LANES
+        if first != last:
+            c, d = 0, LANES
+    block = u64(tile) * u64(blocks)
+    high = block >> HIGH | u64(stream) << u64(28)
+    _philox(words, c, d, block & LOW, high, param_id & LOW, param_id >> HIGH, seed & LOW, seed >> HIGH)
     if stream == RADEMACHER:
-        first, last = begin >> 7, (end - 1) >> 7
-        block = u64(tile) * u64(8)
-        _philox(words, first, last + 1, block & LOW, block >> HIGH | u64(RADEMACHER << 28), p0, p1, k0, k1)
-        for column in range(first, last + 1):
+        for column in range(c, d):
             for w in range(4):
-                signs = z[column * 128 + w * 32 : column * 128 + w * 32 + 32]
-                word = words[w, column]
+                word, signs = words[w, column], z[column * 128 + w * 32 : column * 128 + w * 32 + 32]
                 for i in range(32):
                     signs[i] = f32(i32(i32(1) - i32(i32(u32(word >> u32(i)) & u32(1)) << i32(1))))
         return
-    first, last = begin >> 7, (end - 1) >> 7  # lanes
-    # Whole groups of 32 columns: what the vector code takes at once.
-    c, d = (begin & 127 & ~31, ((end - 1) & 127 | 31) + 1) if first == last else (0, LANES)
-    block = u64(tile) * u64(LANES)
-    _philox(words, c, d, block & LOW, block >> HIGH | u64(stream << 28), p0, p1, k0, k1)
     for w in range(first >> 1, (last >> 1) + 1):
-        x = words[w, c:d]
-        even, odd = z[w * 256 + c : w * 256 + d], z[w * 256 + 128 + c : w * 256 + 128 + d]
+        x, even, odd = words[w, c:d], z[w * 256 + c : w * 256 + d], z[w * 256 + 128 + c : w * 256 + 128 + d]
         if stream == NORMAL:
             _box_muller(x, even, odd)
         else:
