@@ -1,0 +1,344 @@
+"""Models: from a name in the recipe to a model spread over the ranks, and back to an ordinary checkpoint.
+
+Reading and writing checkpoints is transformers' and DeepSpeed's work. Sharding with FSDP2 is done here, from outside:
+transformers wraps a tied embedding and its head as two units, which gathers the weight twice, and keeps some units
+gathered after the forward pass. So its sharded loader reads (each rank its own part), and `fully_shard` below shards.
+
+Only safetensors are read, and no code that comes with a model is run.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mezo_scale.errors import ModelError, RecipeError, ShardingError
+from mezo_scale.recipe import ModelSection, Recipe, ShardingSection, means_disk
+from mezo_scale.world import World
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be tuned.
+
+    Attributes:
+        model: in evaluation mode, on the world's device, sharded as the recipe says.
+        tokenizer: the model's own.
+        device: where its inputs belong (its shards may lie in host memory).
+        compute: the context its forward pass runs in (autocast, or nothing).
+        scratch_dtype: what perturbed matrices are made in under autocast; None: as the weights are.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    compute: Callable[[], AbstractContextManager[Any]] = nullcontext
+    scratch_dtype: torch.dtype | None = None
+
+
+def check(recipe: Recipe, world: World) -> None:
+    """What can be said about the recipe's model and layout without loading anything.
+
+    Raises:
+        RecipeError, ShardingError: options that contradict each other or the number of processes; no such model.
+        ModelError: a model that is quantised, or is no causal language model.
+    """
+    sharding = recipe.sharding
+    if sharding.replicate is not None and sharding.strategy != "hsdp":
+        raise RecipeError(
+            f"sharding.replicate is {sharding.replicate}, but sharding.strategy is {sharding.strategy}: "
+            "copies are what hsdp has; leave replicate out or take hsdp"
+        )
+    if sharding.cpu_offload and sharding.strategy not in ("fsdp2", "hsdp"):
+        raise RecipeError(
+            f"sharding.cpu_offload is for fsdp2 and hsdp, but sharding.strategy is {sharding.strategy}: leave it out; "
+            "zero3 offloads as its ds_config says"
+        )
+    mesh_shape(sharding, world)
+    if sharding.strategy == "zero3":
+        deepspeed_config(recipe)
+    find(recipe.model.name)
+
+
+def find(name: str) -> Any:
+    """The configuration of a model that could be tuned.
+
+    Raises:
+        RecipeError: there is no such model.
+        ModelError: it is quantised, or no causal language model.
+    """
+    if means_disk(name) and not Path(name).is_dir():
+        raise RecipeError(f"model.name: there is no folder {name}; expected a Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the hub's client has roots of its own
+        what = "holds no checkpoint" if means_disk(name) else "is neither a folder nor a model that the hub gives"
+        raise RecipeError(f"model.name: {name} {what} ({_one_line(error)})") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.name: {name} is quantised, and quantised weights can't take small updates: give a checkpoint in "
+            "float32, bfloat16 or float16"
+        )
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"model.name: {name} is a {config.model_type} model, expected a causal language model")
+    return config
+
+
+def mesh_shape(sharding: ShardingSection, world: World) -> tuple[int, int]:
+    """How many copies of the model there are, and over how many ranks each is spread. Raises ShardingError."""
+    if sharding.strategy == "single":
+        return world.size, 1
+    if sharding.strategy != "hsdp":
+        return 1, world.size
+    replicate = world.nodes if sharding.replicate is None else sharding.replicate
+    if world.size % replicate:
+        divisors = [str(n) for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ShardingError(
+            f"sharding.replicate is {replicate}, but WORLD_SIZE is {world.size}, which {replicate} does not divide: "
+            f"set sharding.replicate to {' or '.join(divisors)}, or start "
+            f"{(world.size // replicate + 1) * replicate} processes"
+        )
+    return replicate, world.size // replicate
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer. Raises ModelError if it can't be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise anything here
+        raise ModelError(f"model.name: the tokenizer of {name} can't be read ({_one_line(error)})") from None
+    if tokenizer.pad_token_id is None:  # never looked at: padding is masked
+        tokenizer.pad_token_id = tokenizer.eos_token_id or 0
+    return tokenizer
+
+
+def load(recipe: Recipe, world: World) -> Loaded:
+    """Loads and shards the model; every rank of the world calls it. Raises ModelError as `check` and `read` do."""
+    section, sharding = recipe.model, recipe.sharding
+    dtype = getattr(torch, section.dtype)
+    compute_dtype = getattr(torch, section.compute_dtype) if section.compute_dtype else None
+    compute: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if sharding.strategy in ("fsdp2", "hsdp"):
+        model = _load_fsdp2(section, sharding, dtype, compute_dtype, world)
+    else:
+        model = _load_zero3(recipe) if sharding.strategy == "zero3" else read(section.name, dtype).to(world.device)
+        if compute_dtype is not None and compute_dtype != dtype:
+            compute = partial(torch.autocast, world.device.type, compute_dtype)
+    scratch_dtype = None if compute is nullcontext else compute_dtype
+    return Loaded(model.eval(), load_tokenizer(section.name), world.device, compute, scratch_dtype)
+
+
+def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
+    """A checkpoint as transformers reads it, in evaluation mode, on the CPU if `kwargs` say nothing else.
+
+    Raises:
+        ModelError: it can't be read, or lacks weights (transformers would make them up).
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.name: {name} can't be read ({_one_line(error)})") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model.name: the checkpoint {name} lacks {len(missing)} weights of a causal language model, "
+            f"{missing[0]} for one: give a complete one"
+        )
+    return model.eval()
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration that the recipe names, looked up here and beside the package. Raises RecipeError."""
+    named = Path(recipe.sharding.ds_config)
+    places = [named, Path(__file__).parent.parent / named]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise RecipeError(f"sharding.ds_config: there is no file {named}; expected a DeepSpeed configuration (JSON)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"sharding.ds_config: {path} is not JSON ({error})") from None
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise RecipeError(f"sharding.ds_config: {path} has zero_optimization.stage {stage}, expected 3")
+    if "optimizer" in config:
+        raise RecipeError(f"sharding.ds_config: {path} has an optimizer, but MeZO is the optimizer: take it out")
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = bool(config.get(key, {}).get("enabled", False))
+        if enabled != (recipe.model.dtype == dtype):
+            raise RecipeError(
+                f"sharding.ds_config: {path} has {key}.enabled {str(enabled).lower()}, but model.dtype is "
+                f"{recipe.model.dtype}: make them agree"
+            )
+    return config
+
+
+def save(loaded: Loaded, directory: Path, world: World) -> None:
+    """Writes an ordinary Hugging Face checkpoint (safetensors, configuration, tokenizer); every rank calls it.
+
+    It is complete or not there: written beside, then renamed. An older one is replaced.
+    """
+    state = full_state(loaded.model)
+    if world.rank == 0:
+        beside = directory.with_name(directory.name + ".partial")
+        old = directory.with_name(directory.name + ".old")
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        loaded.model.save_pretrained(beside, state_dict=state)
+        loaded.tokenizer.save_pretrained(beside)
+        if directory.exists():
+            directory.rename(old)
+        beside.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict, on the CPU of rank 0; empty on the others. Every rank calls it."""
+    if any(hasattr(param, "ds_id") for param in model.parameters()):
+        return _full_state_zero3(model)
+    if not dist.is_initialized():
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state if dist.get_rank() == 0 else {}
+
+
+def _load_fsdp2(
+    section: ModelSection,
+    sharding: ShardingSection,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    world: World,
+) -> nn.Module:
+    replicate, shard = mesh_shape(sharding, world)
+    offload = sharding.cpu_offload and world.device.type != "cpu"
+    distributed = _sharded_loading(replicate, shard, section, sharding)
+    if distributed is None:
+        model = read(section.name, dtype)
+        mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+        shard_fsdp2(model, mesh if replicate > 1 else mesh["shard"], compute_dtype, offload=offload)
+        return model if offload else model.to(world.device)
+    source = read(section.name, dtype, distributed_config=distributed)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(section.name), dtype=dtype)
+    model.generation_config = source.generation_config
+    shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)
+    _adopt(model, source)
+    return model
+
+
+def shard_fsdp2(
+    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, *, offload: bool = False
+) -> None:
+    """Shards a causal language model in place: one unit per decoder layer, untied tables apart, the rest in the root.
+
+    Every unit frees its gathered weights after its forward pass, so the next one sees what was written to the shards.
+    `compute_dtype` is for the layers; the tables and what lies between stay as stored, for a step's gradient is the
+    small difference of two losses, and logits in bfloat16 would round most of it away.
+    """
+    rest: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    if offload:
+        rest["offload_policy"] = CPUOffloadPolicy()
+    layer: dict[str, Any] = dict(rest)
+    if compute_dtype is not None:
+        layer["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, output_dtype=model.dtype)
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            fully_shard(module, **layer)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if all(tables) and tables[0].weight is not tables[1].weight:
+        for table in tables:
+            fully_shard(table, **rest)
+    fully_shard(model, **rest)
+
+
+def _sharded_loading(replicate: int, shard: int, section: ModelSection, sharding: ShardingSection) -> Any:
+    """transformers' configuration for reading only this rank's part, or None where that can't be had."""
+    if replicate * shard == 1:
+        return None
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return None
+    if not hasattr(DistributedConfig, "fsdp_plan"):  # an older transformers: every rank reads all and keeps its part
+        return None
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(section.name))
+    layers = set(skeleton._no_split_modules or ())
+    names = [name for name, module in skeleton.named_modules() if type(module).__name__ in layers]
+    # The numbers of the layers are written as wildcards there.
+    plan = {".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names}
+    return DistributedConfig(
+        fsdp_size=shard,
+        dp_replicate_size=replicate,
+        fsdp_plan=dict.fromkeys(sorted(plan), "free_full_weight"),
+        fsdp_cpu_offload=sharding.cpu_offload,
+    )
+
+
+def _adopt(model: nn.Module, source: nn.Module) -> None:
+    """Gives a sharded model without storage the shards and the tables of one that has them."""
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.tie_weights()
+    for name, module in model.named_modules():
+        twin = source.get_submodule(name)
+        for held in (module._buffers, vars(module)):
+            for key, value in held.items():
+                if isinstance(value, Tensor) and value.is_meta:
+                    held[key] = getattr(twin, key)
+
+
+def _load_zero3(recipe: Recipe) -> nn.Module:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its first use compiles for a minute, and gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    config = deepspeed_config(recipe)
+    alive = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions what it reads
+    model = read(recipe.model.name, getattr(torch, recipe.model.dtype))
+    del alive
+    engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
+    return engine.module
+
+
+def _full_state_zero3(model: nn.Module) -> dict[str, Tensor]:
+    from deepspeed import zero
+
+    copies: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        with zero.GatheredParameters([param]):
+            if dist.get_rank() == 0:
+                state[name] = copies.setdefault(id(param), param.detach().cpu().clone())
+    if dist.get_rank() == 0:
+        state |= {name: value for name, value in model.state_dict().items() if name not in state}
+    return state
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,56 @@
+"""What every task comes down to: a prompt, the answers that may follow it, and which of them is right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mezo_scale.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        prompt: the text before the answer.
+        candidates: the answers to choose from, each with its leading space if it has one.
+        label: index of the right candidate.
+    """
+
+    prompt: str
+    candidates: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's examples, in three parts that share none."""
+
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+def permutation(seed: int, stream: int, count: int) -> np.ndarray:
+    """A permutation of range(count), int64, as a pure function of its arguments.
+
+    Sorts the raw words of Philox, which NumPy promises to keep (unlike its `permutation`).
+    """
+    return np.argsort(np.random.Philox(key=[seed, stream]).random_raw(count), kind="stable")
+
+
+def split(examples: Sequence[Example], train: int, dev: int, test: int, seed: int) -> Splits:
+    """Deals the examples out by a seeded permutation. The test split does not move when `train` or `dev` changes.
+
+    Raises:
+        RecipeError: if there are fewer examples than asked for.
+    """
+    asked = train + dev + test
+    if asked > len(examples):
+        raise RecipeError(
+            f"task.train {train} + task.dev {dev} + task.test {test} = {asked}, but the data has {len(examples)} "
+            "different examples: ask for fewer"
+        )
+    drawn = [examples[index] for index in permutation(seed, 0, len(examples))]
+    return Splits(test=tuple(drawn[:test]), dev=tuple(drawn[test : test + dev]), train=tuple(drawn[test + dev : asked]))
