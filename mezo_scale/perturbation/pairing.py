@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from mezo_scale.errors import ViewError
 
-BATCHED, SHARED, MIXED = "batched", "shared", "mixed"
+BATCHED, ONE, SHARED, MIXED = "batched", "one", "shared", "mixed"
 
 Kinds = dict[str, str]
-"""Path of a tensor in a call's arguments (or its result) to BATCHED, SHARED or MIXED."""
+"""Path of a tensor in a call's arguments (or its result) to what its dim 0 is: BATCHED, ONE row made to broadcast,
+SHARED (no batch dim), or MIXED (none of these)."""
 
 
 class Pairing:
@@ -39,9 +41,7 @@ class Pairing:
         self.known: set[tuple[nn.Module, tuple[str, ...]]] = set()
         self.called: set[nn.Module] = set()
 
-    def learn(
-        self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, per_branch: int
-    ) -> None:
+    def learn(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         """Run ``entry`` on two and on three rows of its arguments and settle the units below it.
 
         Raises:
@@ -53,7 +53,7 @@ class Pairing:
         if has_cache((args, kwargs)) and any(module is entry for module, _ in self.known):
             return  # a decoding step of a model whose first call is known: the same modules, one token at a time
         args, kwargs = _without_cache(args, kwargs)
-        calls = [_record(entry, *_take_rows(args, kwargs, rows, per_branch, count)) for count in (2, 3)]
+        calls = [_record(entry, *_take_rows(args, kwargs, rows, count)) for count in (2, 3)]
         self.called |= set(calls[0])
         for module, two in calls[0].items():
             three = calls[1].get(module, [])
@@ -82,7 +82,7 @@ class Pairing:
     def _is_clean(self, module: nn.Module) -> bool:
         if module not in self.inputs or MIXED in self.inputs[module].values():
             return False
-        return all(kind == BATCHED or kind == "one" for kind in self.outputs[module].values())
+        return all(kind in (BATCHED, ONE) for kind in self.outputs[module].values())
 
 
 def tensors(tree: Any) -> list[tuple[str, Tensor]]:
@@ -111,21 +111,29 @@ def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any], main_input: str | 
 
 
 def _take_rows(
-    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, per_branch: int, count: int
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, count: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rows [a, b] or [a, b, a] of every batched argument; b is a mirrored where the batch has one row only."""
-    chosen = [0, max(per_branch - 1, 0), 0][:count]
+    """Rows [a, b] or [a, b, a] of every batched argument."""
 
     def take(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
             return leaf
-        small = leaf[torch.tensor(chosen, device=leaf.device)]
-        if per_branch == 1 and leaf.dim() > 1:
-            small[1] = small[1].flip(-1)
-        return small
+        return torch.stack([leaf[0], _other(leaf[0]), leaf[0]][:count])
 
     one_dimensional = {"cache_position"}  # positions, not rows: their length may equal the batch's by chance
     return tree_map(take, args), {k: v if k in one_dimensional else tree_map(take, v) for k, v in kwargs.items()}
+
+
+def _other(row: Tensor) -> Tensor:
+    """Another row, such that code that looks at the data shows it: one token all along, a mask with a hole."""
+    if row.is_floating_point():
+        return -row if bool(row.isfinite().all()) else row
+    if row.numel() < 2 or int(row.max()) > 1:
+        return row[..., :1].expand_as(row) if row.dim() else row
+    other = row.clone()
+    if bool(row.all()):
+        other[..., -1] = 0  # a mask that hides nothing may be left out
+    return other
 
 
 def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -135,7 +143,7 @@ def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
     return args, kept
 
 
-Call = tuple[dict[str, tuple[int, bool]], dict[str, tuple[int, bool]]]
+Call = tuple[dict[str, "Size"], dict[str, "Size"]]
 
 
 def _record(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, list[Call]]:
@@ -154,8 +162,26 @@ def _record(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return calls
 
 
-def _sizes(tree: Any) -> dict[str, tuple[int, bool]]:
-    return {path: (int(t.shape[0]) if t.dim() else -1, _third_is_first(t)) for path, t in tensors(tree)}
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Dim 0 of a tensor (-1: it has none), whether it is one row of several entries, whether block 3 repeats block
+    1."""
+
+    length: int
+    one_row: bool
+    repeats: bool
+
+
+def _sizes(tree: Any) -> dict[str, Size]:
+    return {path: _size(tensor) for path, tensor in tensors(tree)}
+
+
+def _size(tensor: Tensor) -> Size:
+    if tensor.dim() == 0:
+        return Size(-1, False, True)
+    # A single vector may as well be the only position of a table without a batch dim: no row to be repeated.
+    one_row = tensor.shape[0] == 1 and tensor.numel() > tensor.shape[-1]
+    return Size(int(tensor.shape[0]), one_row, _third_is_first(tensor))
 
 
 def _third_is_first(tensor: Tensor) -> bool:
@@ -170,21 +196,20 @@ def _third_is_first(tensor: Tensor) -> bool:
     return bool(torch.allclose(first, third, rtol=1e-2, atol=1e-2 * scale, equal_nan=True))
 
 
-def _classify(two: list[dict[str, tuple[int, bool]]], three: list[dict[str, tuple[int, bool]]]) -> Kinds:
-    """A path's kind over all calls of a module: one that changes from call to call is MIXED; sharing a single row is
-    "one"."""
-    kinds: Kinds = {}
-    if len(two) != len(three):
+def _classify(two: list[dict[str, Size]], three: list[dict[str, Size]]) -> Kinds:
+    """A path's kind over all calls of a module: one that changes from call to call is MIXED."""
+    if len(two) != len(three) or any(small.keys() != large.keys() for small, large in zip(two, three, strict=True)):
         return {"": MIXED}
+    kinds: Kinds = {}
     for small, large in zip(two, three, strict=True):
-        if small.keys() != large.keys():
-            return {"": MIXED}
-        for path, (size, _) in small.items():
-            grown, repeats = large[path]
-            if size == grown:
-                kind = "one" if size == 1 else SHARED
-            else:
-                kind = BATCHED if size * 3 == grown * 2 and repeats else MIXED
+        for path, size in small.items():
+            kind = _kind(size, large[path])
             if kinds.setdefault(path, kind) != kind:
                 kinds[path] = MIXED
     return kinds
+
+
+def _kind(two: Size, three: Size) -> str:
+    if two.length == three.length:
+        return MIXED if two.length == 0 else ONE if two.one_row else SHARED
+    return BATCHED if two.length * 3 == three.length * 2 and three.repeats else MIXED

@@ -128,7 +128,7 @@ class View:
         known = set(self._pairing.units)
         self._muted = True
         try:
-            self._pairing.learn(module, args, kwargs, rows, self._rows)
+            self._pairing.learn(module, args, kwargs, rows)
         except BaseException:
             self._entry = None
             raise
@@ -300,8 +300,10 @@ class View:
     def _split(self, module: nn.Module, args: Any, kwargs: Any, count: int) -> list[tuple[Any, Any]]:
         """The arguments of each branch."""
         kinds = self._pairing.inputs[module]
+        if not args and not kwargs:
+            return [(args, kwargs)] * count
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # nearly every call, without the bookkeeping
-            if next(iter(kinds.values())) != pairing.BATCHED:
+            if not self._is_batched(module, next(iter(kinds.values())), args[0]):
                 return [(args, kwargs)] * count
             return [((part,), kwargs) for part in _rows_of(module, args[0], count)]
         if pairing.has_cache((args, kwargs)):
@@ -312,11 +314,27 @@ class View:
         leaves, spec = tree_flatten_with_path((args, kwargs))
         split = [
             _rows_of(module, leaf, count)
-            if isinstance(leaf, Tensor) and kinds.get(keystr(path)) == pairing.BATCHED
+            if isinstance(leaf, Tensor) and self._is_batched(module, kinds.get(keystr(path)), leaf)
             else [leaf] * count
             for path, leaf in leaves
         ]
         return [tree_unflatten(list(part), spec) for part in zip(*split, strict=True)]
+
+    def _is_batched(self, module: nn.Module, kind: str | None, leaf: Tensor) -> bool:
+        """Whether a unit's argument is divided. One row made to broadcast may have become each branch's rows
+        upstream."""
+        if kind == pairing.ONE or (kind is None and leaf.dim() > 0 and leaf.shape[0] in (1, self._tall)):
+            return leaf.shape[0] != 1
+        if kind is None and leaf.dim() > 0:
+            raise ViewError(
+                f"{type(module).__name__} got an argument of shape {tuple(leaf.shape)} that was not there when the "
+                "model was first looked at. Evaluate one branch at a time (paired=False)"
+            )
+        return kind == pairing.BATCHED
+
+    @property
+    def _tall(self) -> int:
+        return self._rows * len(self._branches)
 
     def _merge(self, module: nn.Module, results: list[Any]) -> Any:
         """The branches' results as one tall result; a shared single row becomes each branch's own rows."""
