@@ -7,7 +7,8 @@ MezoError
 ├── ViewError          the model can't be evaluated under a perturbed view as asked
 ├── TrajectoryError    a trajectory that is damaged, or belongs to another model or noise version
 ├── LaunchError        the processes of a run can't be started, or don't find each other
-└── RankError          the ranks of one run disagree
+├── RankError          the ranks of one run disagree
+└── SharedError        any of these, raised by every rank with the same text: one of them prints it
 
 The command line prints a MezoError as one line and exits with 2; anything else is a bug and keeps its traceback.
 Wrong arguments to a function are ValueErrors that name the argument, as everywhere in Python.
@@ -44,3 +45,7 @@ class LaunchError(MezoError):
 
 class RankError(MezoError):
     """The ranks of one run disagree."""
+
+
+class SharedError(MezoError):
+    """A MezoError that every rank raises with the same text: it is enough that one of them prints it."""

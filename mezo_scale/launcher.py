@@ -1,4 +1,4 @@
-"""Under which launcher this process runs, and the variables that torch.distributed reads, filled in where it leaves them out.
+"""Under which launcher this process runs, and torch.distributed's variables, filled in where it leaves them out.
 
     launcher            is known by              says who is who in
     torchrun            TORCHELASTIC_RUN_ID      RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
@@ -20,7 +20,7 @@ from mezo_scale.errors import LaunchError
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below the ports that the kernel hands out
-# torchrun's agents forward these and wait for the ranks; without SIGUSR1 among them, SLURM's warning would kill the agent.
+# torchrun's agents forward these and wait for the ranks; without SIGUSR1 among them, SLURM's warning would kill them.
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -65,9 +65,10 @@ def detect(environ: Mapping[str, str]) -> Launcher:
     if "WORLD_SIZE" in environ or "RANK" in environ:
         missing = [name for name in _NEEDED if name not in environ]
         if missing and _number(environ, "WORLD_SIZE", 2) > 1:
+            found = ", ".join(name for name in _NEEDED if name in environ)
             raise LaunchError(
-                f"{' and '.join(name for name in _NEEDED if name in environ)} set, but not {', '.join(missing)}: start the "
-                "processes with torchrun, deepspeed, accelerate launch or srun, or unset RANK and WORLD_SIZE"
+                f"the environment has {found}, but not {', '.join(missing)}: start the processes with torchrun, "
+                "deepspeed, accelerate launch or srun, or unset RANK and WORLD_SIZE"
             )
         address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
         return Launcher(
