@@ -121,9 +121,9 @@ class MeZO(torch.optim.Optimizer):
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
         - A rank that dies leaves the others waiting in the next collective until the process group's timeout.
         """
-        training = self.model.training
-        if training:
-            self.model.eval()  # dropout would make the two signs differ by chance
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False  # dropout would make the two signs differ by chance
         try:
             seeds = tuple(noise.direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions))
             branches = [(seed, scale) for seed in seeds for scale in (self.eps, -self.eps)]
@@ -135,8 +135,8 @@ class MeZO(torch.optim.Optimizer):
             else:
                 raise ValueError("step takes either a closure, or both batch and objective")
         finally:
-            if training:
-                self.model.train()
+            for module in training:
+                module.training = True
         record = self._record(seeds, self._mean_losses(sums))
         if self._trajectory is not None:
             self._trajectory.append(record)

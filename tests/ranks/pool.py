@@ -184,7 +184,7 @@ class Ranks:
         world_size: int,
         function: Callable[..., T],
         *,
-        timeout_s: float = 60,
+        timeout_s: float = 120,
         fresh: bool = False,
         first: int = 0,
         **kwargs: Any,
