@@ -1,0 +1,45 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mezo_scale.recipe import Recipe, load
+from tests.app import material
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tied head, and its tokenizer."""
+    return material.write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return material.write_reviews(tmp_path_factory.mktemp("data") / "reviews.csv")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, model_folder: Path, reviews_file: Path) -> Path:
+    """A recipe that runs in a second or two; its run directory is beside it and does not exist yet."""
+    tree = {
+        "model": {"name": str(model_folder)},
+        "task": {"data": str(reviews_file), "train": 48, "dev": 16, "test": 32, "max_length": 40},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": 4, "batch_size": 6, "eval_every": 2, "log_every": 1},
+        "output": {"dir": str(tmp_path / "run")},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def make_recipe(recipe_file: Path) -> Callable[..., Recipe]:
+    """The recipe with overrides: make_recipe("train.steps=8")."""
+
+    def make(*overrides: str, **values: Any) -> Recipe:
+        return load(recipe_file, [*overrides, *(f"{key}={value}" for key, value in values.items())])
+
+    return make
