@@ -40,8 +40,9 @@ class Evaluation:
         return wilson(self.correct, self.count)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields and what follows from them."""
-        return {**asdict(self), "accuracy": self.accuracy, "interval_95": list(self.interval)}
+        """For JSON, which has no NaN: the fields and what follows from them."""
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        return {**asdict(self), "loss": loss, "accuracy": self.accuracy, "interval_95": list(self.interval)}
 
 
 def evaluate(

@@ -32,7 +32,7 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 def _from_csv(section: TaskSection) -> list[Mapping[str, Any]]:
     path = Path(section.data)
     if not path.is_file():
-        raise RecipeError(f"task.data: there is no file {path}; expected a CSV file with a header")
+        raise RecipeError(f"task.data: there is no file {section.data}; expected a CSV file with a header")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
