@@ -47,6 +47,10 @@ def _kernels(device: torch.device) -> ModuleType:
         from mezo_scale.noise import cpu
 
         return cpu
+    if device.type in ("cuda", "xpu") and importlib.util.find_spec("triton"):
+        from mezo_scale.noise import cuda
+
+        return cuda
     return reference
 
 

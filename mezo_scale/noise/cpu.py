@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +49,13 @@ def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> N
 
 
 def _raw(tensor: Tensor) -> npt.NDArray[np.uint16]:
-    # Not .numpy(): it fixes the storage's size for good, and FSDP frees gathered weights by resizing theirs.
-    words: npt.NDArray[np.uint16] = np.from_dlpack(tensor.detach().reshape(-1).view(torch.int16)).view(np.uint16)
-    return words
+    """The memory of a contiguous tensor as 16-bit words; it lives as long as the tensor does.
+
+    Not through Tensor.numpy(): that fixes the storage's size for good, and FSDP frees weights by resizing theirs.
+    """
+    words = tensor.numel() * tensor.element_size() // 2
+    interface = {"version": 3, "typestr": "=u2", "shape": (words,), "data": (tensor.data_ptr(), False)}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def write_(
@@ -66,7 +71,7 @@ def write_(
 ) -> None:
     words, low, kind = _raw(local), np.empty(0, np.int16), KINDS[local.dtype]
     if remainder is not None:
-        low, kind = remainder.numpy(), MASTER
+        low, kind = _raw(remainder).view(np.int16), MASTER
     key = np.uint64(param_id)
 
     def sweep(first: int, begin: int, end: int) -> None:

@@ -8,7 +8,7 @@ only at the file of the function it keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import numba
 import numpy as np
@@ -31,7 +31,12 @@ FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)  # kinds of storage; MASTER is bfl
 NORMAL, ROUNDING, RADEMACHER = spec.NORMAL, spec.ROUNDING, spec.RADEMACHER
 TILE, LANES = spec.TILE, spec.LANES
 
-f32, i16, i32, u16, u32, u64 = np.float32, np.int16, np.int32, np.uint16, np.uint32, np.uint64
+f32: TypeAlias = np.float32
+i16: TypeAlias = np.int16
+i32: TypeAlias = np.int32
+u16: TypeAlias = np.uint16
+u32: TypeAlias = np.uint32
+u64: TypeAlias = np.uint64
 M0, M1 = map(u64, spec.MULTIPLIERS)
 W0, W1 = map(u64, spec.WEYL)
 LOW, HIGH = u64(spec.M32), u64(32)
@@ -86,11 +91,11 @@ def _box_muller(x: U32, even: F32, odd: F32) -> None:
         y = f * f
         s = f * (((S3 * y + S2) * y + S1) * y + S0)
         c = ((C3 * y + C2) * y + C1) * y + C0
-        q = i32(x[i] >> u32(14)) & i32(3)
-        turned = (q & 1) != 0
-        cosine, sine = (s if turned else c), (c if turned else s)
-        even[i] = radius * (-cosine if q in (1, 2) else cosine)
-        odd[i] = radius * (-sine if q >= 2 else sine)
+        # Quarters 2 and 3 are 0 and 1 with both signs turned.
+        radius = i32(f32(radius).view(i32) ^ i32(i32(x[i] << u32(16)) & i32(-0x80000000))).view(f32)
+        odd_quarter = (x[i] & u32(0x4000)) != 0
+        even[i] = radius * (-s if odd_quarter else c)
+        odd[i] = radius * (c if odd_quarter else s)
 
 
 @_inner

@@ -1,0 +1,131 @@
+"""Random work for the sweeps, done twice: by a set of kernels and by the reference. The answer is what differs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mezo_scale.noise import check, reference
+
+Runs = npt.NDArray[np.int64]
+RAW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def interpret() -> None:
+    """Make this process, which has not met Triton yet, interpret its kernels."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    warnings.simplefilter("ignore")  # NumPy on the integers that are meant to overflow
+    torch.set_num_threads(1)
+
+
+def runs_of(pieces: list[tuple[int, int, int]], start: int) -> Runs:
+    """Runs from (gap in the shard, gap in the parameter, length), the parameter's part beginning at `start`."""
+    runs, at = [], 0
+    for local_gap, global_gap, length in pieces:
+        at, start = at + local_gap, start + global_gap
+        runs.append((at, start, length))
+        at, start = at + length, start + length
+    return np.array(runs, dtype=np.int64).reshape(-1, 3)
+
+
+def values(seed: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Values over many magnitudes, with zeros of both signs, float16's subnormals and its largest, and infinities."""
+    generator = torch.Generator().manual_seed(seed)
+    magnitude = 10 ** (torch.rand(count, generator=generator) * 12 - 9)
+    x = torch.randn(count, generator=generator) * magnitude
+    special = torch.tensor([0.0, -0.0, 65504.0, -65519.0, 6.1e-5, -6e-8, 3e-8, float("inf"), -float("inf"), 1.0])
+    x[: len(special)] = special[:count]
+    return x[torch.randperm(count, generator=generator)].to(dtype)
+
+
+def words(x: torch.Tensor) -> torch.Tensor:
+    return x.view(RAW.get(x.dtype, x.dtype))
+
+
+def differing(left: torch.Tensor, right: torch.Tensor) -> int:
+    return int((words(left) != words(right)).sum())
+
+
+def write_differs(
+    kernels: str,
+    dtype: torch.dtype,
+    runs: Runs,
+    *,
+    seed: int = 0,
+    steps: int = 1,
+    directions: int = 1,
+    decayed: bool = False,
+    master: bool = False,
+    stochastic: bool = False,
+    distribution: str = "normal",
+) -> int:
+    """How many words of a shard, and of its remainder, `kernels` and the reference disagree on after a write."""
+    count = int((runs[:, 0] + runs[:, 2]).max(initial=0)) + 3
+    random = np.random.default_rng(seed)
+    seeds = random.integers(0, 2**64, (steps, directions), dtype=np.uint64)
+    alphas = (random.normal(size=(steps, directions)) * 10 ** random.uniform(-7, 0)).astype(np.float32)
+    decays = random.uniform(0.9, 1, steps).astype(np.float32) if decayed else np.ones(steps, np.float32)
+    low = torch.from_numpy(random.integers(-(2**15), 2**15, count).astype(np.int16))
+    results = []
+    for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
+        local, remainder = values(seed, count, dtype), low.clone() if master else None
+        stream = check.stream(distribution)
+        module.write_(local, runs, 2**63 + seed, seeds, alphas, decays, remainder, stochastic, stream)
+        results.append((local, remainder if master else low))
+    (expected, expected_low), (local, remainder) = results
+    return differing(expected, local) + differing(expected_low, remainder)
+
+
+def view_differs(
+    kernels: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    runs: Runs,
+    *,
+    seed: int = 0,
+    seeds: tuple[int, ...] = (7, 7),
+    distribution: str = "normal",
+) -> int:
+    """How many words of the branches `kernels` and the reference disagree on."""
+    count = int((runs[:, 0] + runs[:, 2]).max(initial=0)) + 3
+    weight, branches = values(seed, count, dtype), branches_of(seeds, seed)
+    results = []
+    for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
+        out = torch.full((len(branches), count), 5.0, dtype=out_dtype)
+        module.view(weight, runs, 2**40 + seed, branches, out, check.stream(distribution))
+        results.append(out)
+    return differing(*results)
+
+
+def rows_differ(
+    kernels: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    shape: tuple[int, ...],
+    count: int,
+    *,
+    seed: int = 0,
+    seeds: tuple[int, ...] = (7, 7),
+    same: bool = True,
+    distribution: str = "normal",
+) -> int:
+    """How many words of the rows looked up `kernels` and the reference disagree on."""
+    table, branches = values(seed, int(np.prod(shape)), dtype).view(shape), branches_of(seeds, seed)
+    ids = torch.randint(0, shape[0], (len(seeds), count), generator=torch.Generator().manual_seed(seed))
+    ids = ids[:1].expand_as(ids).contiguous() if same else ids
+    results = []
+    for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
+        out = torch.full((len(branches), count, *shape[1:]), 5.0, dtype=out_dtype)
+        module.rows(table, seed, branches, ids, out, check.stream(distribution))
+        results.append(out)
+    return differing(*results)
+
+
+def branches_of(seeds: tuple[int, ...], seed: int) -> list[tuple[int, float]]:
+    scales = np.random.default_rng(seed).normal(size=len(seeds)).astype(np.float32)
+    return [(s, float(scale)) for s, scale in zip(seeds, scales, strict=True)]
