@@ -60,8 +60,9 @@ def _gather(params: list[Any], group: Any) -> None:
     for dtype in dict.fromkeys(param.ds_tensor.dtype for param in params):
         members = [param for param in params if param.ds_tensor.dtype == dtype]
         mine = torch.cat([param.ds_tensor.detach().to(param.data.device).view(-1) for param in members])
-        everyone = mine.new_empty(dist.get_world_size(group), mine.numel())
+        everyone = mine.new_empty(dist.get_world_size(group) * mine.numel())  # flat, as gloo asks
         dist.all_gather_into_tensor(everyone, mine, group=group)
+        everyone = everyone.view(-1, mine.numel())
         start = 0
         for param in members:
             size = param.ds_tensor.numel()
