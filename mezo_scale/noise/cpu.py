@@ -34,7 +34,7 @@ def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> N
     draws: values generated for each element.
     """
     ends = np.cumsum(runs[:, 2])
-    total, threads = int(ends[-1]), torch.get_num_threads()
+    total, threads = int(runs[:, 2].sum()), torch.get_num_threads()
     if threads == 1 or total * draws < 2 * CHUNK:
         return sweep(0, 0, total)
     # A few chunks for each thread, because another process may hold one of the cores.
