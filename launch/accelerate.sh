@@ -12,7 +12,7 @@ if [ "${NNODES:-1}" -gt 1 ]; then
   rank=${NODE_RANK:-${SLURM_NODEID:?NODE_RANK is not set: 0 on the head, 1 on the next}}
   options+=(--num_machines "$NNODES" --machine_rank "$rank" --main_process_ip "${MASTER_ADDR:?the name of the head}")
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # torchrun, which accelerate starts, forwards these to the ranks and waits for them; by default SIGUSR1 would kill it.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_TIMEOUT_S:-120}

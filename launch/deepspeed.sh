@@ -6,7 +6,7 @@
 # Settings: PROCESSES on this machine (default: one per GPU), MASTER_ADDR (default: the first host), PORT (29500).
 set -euo pipefail
 : "${1:?usage: [HOSTFILE=hosts] launch/deepspeed.sh RECIPE.yaml [key=value ...]}"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 options=(--master_port "${PORT:-29500}" --no_local_rank)
 node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
 if [ -n "${HOSTFILE:-}" ]; then
