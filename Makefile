@@ -44,7 +44,7 @@ format: install  ## format and sort imports in place
 	$(BIN)/ruff format .
 
 bench-kernels: install  ## time the noise kernels against torch on this machine
-	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/kernel_bench.py
 
 clean:  ## remove .venv, the demo's files and every cache
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
