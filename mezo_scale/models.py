@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -214,14 +215,19 @@ def save(loaded: Loaded, directory: Path, world: World) -> None:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict, on the CPU of rank 0; empty on the others. Every rank calls it."""
-    if any(hasattr(param, "ds_id") for param in model.parameters()):
-        return _full_state_zero3(model)
     if not dist.is_initialized():
         return model.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return state if dist.get_rank() == 0 else {}
+    if any(hasattr(param, "ds_id") for param in model.parameters()):
+        state = _full_state_zero3(model)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+    if dist.get_rank() > 0:
+        return {}
+    names: dict[int, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        state[name] = state[names.setdefault(id(param), name)]  # tied weights are one tensor again, and saved once
+    return state
 
 
 def _load_fsdp2(
@@ -329,14 +335,11 @@ def _load_zero3(recipe: Recipe) -> nn.Module:
 def _full_state_zero3(model: nn.Module) -> dict[str, Tensor]:
     from deepspeed import zero
 
-    copies: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
+    state = model.state_dict()  # buffers, and placeholders of the parameters
+    for name, param in model.named_parameters():
         with zero.GatheredParameters([param]):
             if dist.get_rank() == 0:
-                state[name] = copies.setdefault(id(param), param.detach().cpu().clone())
-    if dist.get_rank() == 0:
-        state |= {name: value for name, value in model.state_dict().items() if name not in state}
+                state[name] = param.detach().cpu().clone()
     return state
 
 

@@ -1,4 +1,4 @@
-"""Sharded loading and saving: every rank reads its part, the model computes the same, and the checkpoint is the base's."""
+"""Sharded loading and saving: a rank reads its part, the model computes the same, and what is saved is the base."""
 
 import json
 from pathlib import Path
