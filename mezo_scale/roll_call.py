@@ -6,17 +6,19 @@ named, instead of in a collective that waits for an hour.
 """
 
 import importlib.metadata
+import ipaddress
 import json
 import os
 import platform
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from rich.table import Table
@@ -103,7 +105,7 @@ def call(store: dist.Store, launcher: Launcher, device: torch.device) -> list[Pr
             f"{socket.gethostname()} (rank {rank}) lost the rendezvous at {launcher.rendezvous} ({reason}): look at "
             "the output of rank 0"
         ) from None
-    return everyone
+    return _reachable(everyone, rank)
 
 
 def check_shared(folder: Path, store: dist.Store, everyone: Sequence[Present], rank: int) -> None:
@@ -168,21 +170,20 @@ def present(launcher: Launcher, device: torch.device) -> Present:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "none"
-    address = own_address(launcher.rendezvous)
+    address = own_address((launcher.rendezvous or "localhost:0").rpartition(":")[0])
     return Present(socket.gethostname(), launcher.rank, name, identity, memory / 2**30, address, versions)
 
 
-def own_address(rendezvous_at: str | None) -> str:
-    """The address from which this host speaks to the rendezvous; sends nothing."""
-    host, _, port = (rendezvous_at or "localhost:1").rpartition(":")
-    for family, _, _, _, target in socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM):
+def own_address(towards: str) -> str:
+    """The address from which this host speaks to another one; sends nothing."""
+    for family, _, _, _, target in socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(target)
             except OSError:
                 continue
             return str(probe.getsockname()[0])
-    return "?"
+    raise LaunchError(f"{socket.gethostname()} has no route to {towards}: check its network")
 
 
 def _collect(store: dist.Store, kind: str, rank: int, world_size: int) -> list[str]:
@@ -209,6 +210,33 @@ def _raise_together(store: dist.Store, rank: int, count: int, problem: str) -> N
         time.sleep(0.05)
         told = store.add("told", 0)
     raise SharedError(problem)
+
+
+def _reachable(everyone: list[Present], rank: int) -> list[Present]:
+    """Sees to it that other hosts get an address of this one that they can reach.
+
+    Debian's hosts file maps a machine's own name to a loopback address, which gloo would offer to everyone.
+    """
+    mine = everyone[rank]
+    others = [one.address for one in everyone if one.host != mine.host and not _is_loopback(one.address)]
+    if not others:
+        return everyone
+    if _is_loopback(mine.address):  # on the rendezvous' own host
+        address = own_address(others[0])
+        everyone = [replace(one, address=address) if one.host == mine.host else one for one in everyone]
+    try:
+        named = socket.gethostbyname(mine.host)
+    except OSError:
+        named = "127.0.0.1"  # no name at all is no better
+    if _is_loopback(named) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        for interface, addresses in psutil.net_if_addrs().items():
+            if everyone[rank].address in [one.address for one in addresses]:
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return everyone
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _differing_versions(everyone: Sequence[Present]) -> str:
