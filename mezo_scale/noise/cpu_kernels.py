@@ -8,11 +8,13 @@ only at the file of the function it keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import binding, ir
+from numba.extending import intrinsic
 
 from mezo_scale.noise import spec
 
@@ -46,6 +48,9 @@ L0, L1, L2, L3, L4, L5, L6, L7 = (f32(-2 * coefficient) for coefficient in spec.
 S0, S1, S2, S3 = map(f32, spec.SIN)
 C0, C1, C2, C3 = map(f32, spec.COS)
 HALF, ONE, P24, P32, PER_P24, P16 = f32(0.5), f32(1), f32(2.0**-24), f32(2.0**-32), f32(2.0**24), f32(65536)
+
+# On x86 where F16C is missing LLVM would call a function that is not there; other processors are not asked.
+HALF_IN_HARDWARE = bool(binding.get_host_cpu_features().get("f16c", False))
 
 
 def _inner(function: Callable[P, R]) -> Callable[P, R]:
@@ -127,6 +132,72 @@ def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, 
                 low_bits[i], high_bits[i] = i32(x[i] & u32(0xFFFF)), i32(x[i] >> u32(16))
 
 
+def _extend(typing: Any, half: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return numba.float32(numba.uint16), generate
+
+
+def _truncate(typing: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return numba.uint16(numba.float32), generate
+
+
+_from_half_in_hardware: Callable[[u16], f32] = intrinsic(_extend)
+_to_half_in_hardware: Callable[[f32], u16] = intrinsic(_truncate)
+
+
+@_inner
+def _from_half(half: u16) -> f32:
+    """The value of a float16's bits."""
+    if HALF_IN_HARDWARE:
+        return _from_half_in_hardware(half)
+    return from_half(half)
+
+
+@_inner
+def _to_half(x: f32) -> u16:
+    """The bits of the nearest float16, ties to even."""
+    if HALF_IN_HARDWARE:
+        return _to_half_in_hardware(x)
+    return to_half(x)
+
+
+@_inner
+def from_half(half: u16) -> f32:
+    """`_from_half` for processors that don't know float16."""
+    h = i32(half)
+    magnitude = i32(h & i32(0x7FFF))
+    small = f32(magnitude) * P24  # below 2^-14
+    large = i32(i32(magnitude << i32(13)) + (i32(0x70000000) if magnitude >= i32(0x7C00) else i32(0x38000000)))
+    bits = f32(small).view(i32) if magnitude < i32(0x0400) else large
+    return i32(bits | i32(i32(h & i32(0x8000)) << i32(16))).view(f32)
+
+
+@_inner
+def to_half(x: f32) -> u16:
+    """`_to_half` for processors that don't know float16."""
+    bits = f32(x).view(i32)
+    magnitude = i32(bits & i32(0x7FFFFFFF))
+    small = i32(f32(abs(x) + HALF).view(i32) - i32(0x3F000000))  # 0.5 is spaced as float16 is below 2^-14
+    even = i32(i32(magnitude >> i32(13)) & i32(1))
+    large = min(i32(i32(magnitude - i32(0x38000000 - 0x0FFF) + even) >> i32(13)), i32(0x7C00))
+    h = small if magnitude < i32(0x38800000) else (i32(0x7E00) if magnitude > i32(0x7F800000) else large)
+    return u16(h | i32(i32(bits >> i32(16)) & i32(0x8000)))
+
+
+@_inner
+def _to_bfloat(x: f32) -> u16:
+    """The bits of the nearest bfloat16, ties to even."""
+    bits = f32(x).view(i32)
+    nearest = i32(bits + i32(0x7FFF) + i32(i32(bits >> i32(16)) & i32(1)))
+    nan = i32(bits & i32(0x7FFFFFFF)) > i32(0x7F800000)
+    return u16(i32((bits | i32(0x400000)) if nan else nearest) >> i32(16))
+
+
 @_inner
 def _load(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
     """theta from a 16-bit storage."""
@@ -136,73 +207,17 @@ def _load(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
         lower = low[at : at + n]
         for i in range(n):
             bits[i] = i32(i32(i32(half[i]) << i32(16)) + i32(lower[i]))
-        return
-    if kind == BFLOAT16:
+    elif kind == BFLOAT16:
         for i in range(n):
             bits[i] = i32(half[i]) << i32(16)
-        return
-    for i in range(n):
-        h = i32(half[i])
-        magnitude = i32(h & i32(0x7FFF))
-        theta[i] = f32(magnitude) * P24  # below 2^-14
-        rebased = i32((magnitude << 13) + (0x70000000 if magnitude >= 0x7C00 else 0x38000000))
-        bits[i] = (rebased if magnitude >= 0x0400 else bits[i]) | i32(i32(h & i32(0x8000)) << i32(16))
-
-
-@_inner
-def _round(theta: F32, kind: int) -> None:
-    """theta, in place, to the nearest value that its storage holds, ties to even."""
-    bits = theta.view(i32)
-    if kind == BFLOAT16:
-        for i in range(len(theta)):
-            b = bits[i]
-            rounded = i32(i32(b + i32(0x7FFF) + i32(i32(b >> i32(16)) & i32(1))) & i32(-0x10000))
-            nan = i32(b & i32(0x7FFFFFFF)) > i32(0x7F800000)
-            bits[i] = i32(b & i32(-0x10000)) | i32(0x400000) if nan else rounded
-    elif kind == FLOAT16:
-        for i in range(len(theta)):
-            b = bits[i]
-            magnitude = i32(b & i32(0x7FFFFFFF))
-            rounded = i32(i32(magnitude + i32(0xFFF) + i32(i32(magnitude >> i32(13)) & i32(1))) & i32(-0x2000))
-            _settle_half(theta, bits, i, b, magnitude, rounded, (abs(theta[i]) + HALF) - HALF)
-
-
-@_inner
-def _round_stochastic(theta: F32, random: F32, kind: int) -> None:
-    """As `_round`, but up with the probability of the part lost; random: int32 of 16 bits each."""
-    bits, r = theta.view(i32), random.view(i32)
-    if kind == BFLOAT16:
-        for i in range(len(theta)):
-            b = bits[i]
-            special = i32(b & i32(0x7F800000)) == i32(0x7F800000)
-            nan = special and i32(b & i32(0x007FFFFF)) != i32(0)
-            rounded = i32(i32(b + (i32(0) if special else r[i])) & i32(-0x10000))
-            bits[i] = rounded | i32(0x400000) if nan else rounded
-    elif kind == FLOAT16:
-        for i in range(len(theta)):
-            b = bits[i]
-            magnitude = i32(b & i32(0x7FFFFFFF))
-            rounded = i32(i32(magnitude + i32(r[i] >> i32(3))) & i32(-0x2000))
-            steps = abs(theta[i]) * PER_P24
-            whole = np.floor(steps)
-            up = ONE if (steps - whole) * P16 >= f32(i32(i32(65536) - r[i])) else f32(0)
-            _settle_half(theta, bits, i, b, magnitude, rounded, (whole + up) * P24)
-
-
-@_inner
-def _settle_half(theta: F32, bits: I32, i: int, b: i32, magnitude: i32, rounded: i32, subnormal: f32) -> None:
-    """Choose between a float16's ranges: subnormal, normal, overflow, infinite or NaN."""
-    theta[i] = subnormal
-    small = bits[i]
-    large = i32(0x7F800000) if rounded >= i32(0x47800000) else rounded
-    if magnitude > i32(0x7F800000):
-        large = i32(0x7FC00000)
-    bits[i] = (small if magnitude < i32(0x38800000) else large) | i32(b & i32(-0x80000000))
+    else:
+        for i in range(n):
+            theta[i] = _from_half(half[i])
 
 
 @_inner
 def _store(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
-    """theta, already rounded, into a 16-bit storage."""
+    """theta, rounded, into a 16-bit storage."""
     n = len(theta)
     bits, half = theta.view(i32), raw[at : at + n]
     if kind == MASTER:
@@ -210,18 +225,33 @@ def _store(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
         for i in range(n):
             half[i] = u16(i32(bits[i] + i32(0x8000)) >> i32(16))
             lower[i] = i16(bits[i])
-        return
-    if kind == BFLOAT16:
+    elif kind == BFLOAT16:
         for i in range(n):
-            half[i] = u16(bits[i] >> i32(16))
-        return
-    for i in range(n):
-        magnitude = i32(bits[i] & i32(0x7FFFFFFF))
-        small = i32(abs(theta[i]) * PER_P24) if magnitude < i32(0x38800000) else i32(0)
-        large = i32(i32(magnitude - i32(0x38000000)) >> i32(13))
-        special = i32(0x7C00) | i32(i32(magnitude >> i32(13)) & i32(0x3FF))
-        h = small if magnitude < i32(0x38800000) else (large if magnitude < i32(0x7F800000) else special)
-        half[i] = u16(h | i32(i32(bits[i] >> i32(16)) & i32(0x8000)))
+            half[i] = _to_bfloat(theta[i])
+    else:
+        for i in range(n):
+            half[i] = _to_half(theta[i])
+
+
+@_inner
+def _round_stochastic(theta: F32, random: F32, kind: int) -> None:
+    """theta, in place, to a value of its storage, up with the probability of the part lost; random: 16 bits as int32.
+
+    That is: up where the part lost, in 65536ths of the spacing, reaches 65536 - random.
+    """
+    bits, r = theta.view(i32), random.view(i32)
+    for i in range(len(theta)):
+        b = bits[i]
+        if kind == BFLOAT16:
+            rounded = i32(i32(b + r[i]) & i32(-0x10000))
+        else:
+            steps = abs(theta[i]) * PER_P24  # below 2^-14 float16 is evenly spaced by 2^-24
+            whole = np.floor(steps)
+            up = ONE if (steps - whole) * P16 >= f32(i32(i32(65536) - r[i])) else f32(0)
+            small = i32(f32((whole + up) * P24).view(i32) | i32(b & i32(-0x80000000)))
+            large = i32(i32(b + i32(r[i] >> i32(3))) & i32(-0x2000))
+            rounded = small if i32(b & i32(0x7FFFFFFF)) < i32(0x38800000) else large
+        bits[i] = b if i32(b & i32(0x7F800000)) == i32(0x7F800000) else rounded
 
 
 @_inner
@@ -279,19 +309,17 @@ def write(
             tile, r = start >> 10, start & (TILE - 1)
             acc, z = acc_tile[r : r + n], z_tile[r : r + n]
             theta = stored[at : at + n] if kind == FLOAT32 else theta_tile[r : r + n]
-            if kind != FLOAT32:
-                _load(theta, local, remainder, kind, at)
-            for step in range(len(seeds)):
+            for step in range(len(seeds)):  # what is stored and loaded again here is still in the cache
+                if kind != FLOAT32:
+                    _load(theta, local, remainder, kind, at)
                 for k in range(directions):
                     _draw(z_tile, words, stream, seeds[step, k], param_id, tile, r, r + n)
                     _apply(theta, acc, z, alphas[step, k], decays[step], k == 0, k == directions - 1)
                 if stochastic and kind in (BFLOAT16, FLOAT16):
                     _draw(z_tile, words, ROUNDING, seeds[step, 0], param_id, tile, r, r + n)
                     _round_stochastic(theta, z, kind)
-                else:
-                    _round(theta, kind)
-            if kind != FLOAT32:
-                _store(theta, local, remainder, kind, at)
+                if kind != FLOAT32:
+                    _store(theta, local, remainder, kind, at)
             at, start, left = at + n, start + n, left - n
 
 
@@ -348,6 +376,5 @@ def view(
                     for i in range(n):
                         total[i] = theta[i] + scale * z[i]
                     if out_kind != FLOAT32:
-                        _round(total, out_kind)
                         _store(total, out, no_low, out_kind, to)
             at, start, target, left = at + n, start + n, target + n, left - n

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mezo_scale import noise
-from mezo_scale.noise import cpu, reference
+from mezo_scale.noise import cpu, cpu_kernels, reference
 from tests.pure import noise_cases
 from tests.pure.noise_cases import runs_of
 
@@ -139,6 +139,21 @@ def test_a_nan_stays_a_nan(dtype: torch.dtype, rounding: str) -> None:
     runs = np.array([[0, 0, 5]])
     noise.write_(local, runs, 1, [[5]], [[1e-3]], [0.9], rounding=rounding)
     assert local.isnan().all()
+
+
+def test_float16_is_the_same_where_the_processor_does_not_know_it() -> None:
+    to_half, from_half = np.vectorize(cpu_kernels.to_half), np.vectorize(cpu_kernels.from_half)
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    halves = halves[~np.isnan(halves.view(np.float16))]
+    exact = halves.view(np.float16).astype(np.float32)
+    assert np.array_equal(from_half(halves).astype(np.float32).view(np.int32), exact.view(np.int32))
+    with np.errstate(over="ignore"):
+        beside = (exact[:, None].view(np.int32) + np.array([-0x1001, -0x1000, -1, 0, 1, 0x1000, 0x1001])).astype(
+            np.int32
+        )
+        near = beside.view(np.float32).ravel()[::7]
+        near = near[~np.isnan(near)]
+        assert np.array_equal(to_half(near), near.astype(np.float16).view(np.uint16))
 
 
 def test_an_empty_shard_is_no_work() -> None:
