@@ -164,7 +164,7 @@ class Trainer:
         metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds)
         progress.advance(step + 1, loss)
         if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
-            dev = self._evaluate(self.material.dev, "dev")
+            dev = evaluate(self.loaded, self.material.dev, recipe.train.eval_batch)
             metrics.log(step + 1, dev_accuracy=dev.accuracy, dev_loss=dev.loss)
             progress.note(f"step {step + 1}: accuracy on dev {dev.accuracy:.1%}, loss {dev.loss:.4f}")
 
