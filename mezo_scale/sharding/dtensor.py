@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -41,7 +42,7 @@ def local(param: DTensor) -> tuple[torch.Tensor, Runs, int]:
             f"{tuple(stored.shape)} here, "
             f"but its placements say {int(runs[:, 2].sum())} contiguous elements: this layout is not supported"
         )
-    return stored.view(-1), runs, _replica(mesh.shape, coordinate, param.placements)
+    return stored.view(-1), runs, _replica(mesh, coordinate, param.placements)
 
 
 def runs_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any) -> Runs:
@@ -86,10 +87,21 @@ def _chunk(index: Indices, pieces: int) -> list[Indices]:
     return [index[i * size : (i + 1) * size] for i in range(pieces)]
 
 
-def _replica(mesh: Any, coordinate: Sequence[int], placements: Any) -> int:
-    """The position among the copies: row-major over the mesh axes that replicate."""
+def _replica(mesh: DeviceMesh, coordinate: Sequence[int], placements: Any) -> int:
+    """The position among the copies: row-major over the axes that replicate.
+
+    Those are axes of the parameter's own mesh, and axes of the mesh that it is a slice of: under FSDP2 with tensor
+    parallelism, what is not parallelised is on the first axis alone, once for each position on the second.
+    """
     number = 0
-    for size, position, placement in zip(mesh, coordinate, placements, strict=True):
+    whole = mesh._get_root_mesh()
+    members = set(mesh.mesh.flatten().tolist())
+    place = whole.get_coordinate()
+    for axis, position in enumerate(place or ()):
+        others = [slice(None) if other == axis else index for other, index in enumerate(place or ())]
+        if not members.issuperset(whole.mesh[tuple(others)].tolist()):
+            number = number * whole.size(axis) + position
+    for size, position, placement in zip(mesh.shape, coordinate, placements, strict=True):
         if isinstance(placement, Replicate):
             number = number * int(size) + position
     return number

@@ -19,6 +19,7 @@ from tests.ranks import layouts, models
 from tests.ranks.pool import Ranks
 
 LR, EPS, WEIGHT_DECAY, DIRECTIONS, SEED = 1e-2, 1e-2, 0.1, 2, 7
+TENSOR_RANKS = {"tp": 2, "fsdp2-tp": 2}
 BRANCHES = [(11, EPS), (11, -EPS), (12, 5 * EPS)]
 
 
@@ -55,7 +56,9 @@ def look(cell: Cell, folder: pathlib.Path) -> Outcome:
     """Runs on every rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     objective = models.objective(cell.name)
-    batches = [models.batch(cell.name, 3 - 2 * (rank % 2), seed=rank) for rank in range(world_size)]
+    # Unequal shares of the rows; the ranks of a tensor-parallel group share theirs.
+    readers = [rank // TENSOR_RANKS.get(cell.layout, 1) for rank in range(world_size)]
+    batches = [models.batch(cell.name, 3 - 2 * (reader % 2), seed=reader) for reader in readers]
     batch = batches[rank]
     everyone = {key: torch.cat([rows[key] for rows in batches]) for key in batch}
     plain = models.build(cell.name, dtype=cell.dtype)
@@ -249,6 +252,8 @@ CELLS = [
         for name in ("llama-tied", "qwen3", "gemma3", "roberta", "vit", "llama-lora", "opt-lora")
     ),
     *(Cell("fsdp1", name, 2) for name in ("llama-tied", "llama-lora")),
+    *(Cell("tp", name, 2) for name in ("llama", "llama-tied")),
+    Cell("fsdp2-tp", "llama", 4),
     *(Cell(layout, "llama", 2, torch.bfloat16) for layout in ("plain", "fsdp2", "hsdp", "fsdp1", "zero3")),
 ]
 
