@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from numba.core import caching
 
 from mezo_scale import noise
 from mezo_scale.noise import cpu, cpu_kernels, reference
@@ -129,6 +130,15 @@ def test_a_forked_process_makes_threads_of_its_own(monkeypatch: pytest.MonkeyPat
     assert answer.poll(60), "the child waits for threads that only its parent has"
     assert answer.recv() == expected
     os.waitpid(child, 0)
+
+
+def test_where_no_folder_can_be_written_only_the_cache_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+
+    def successor(number: int) -> int:
+        return number + 1
+
+    assert cpu_kernels._sweep(successor)(1) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
