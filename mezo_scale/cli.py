@@ -164,7 +164,8 @@ def status(
     from mezo_scale.status import status as ask
     from mezo_scale.status import table
 
-    Console(soft_wrap=True).print(table(ask(run)))
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table(ask(run)))
 
 
 @app.command()

@@ -143,7 +143,7 @@ def test_a_requeued_run_goes_on_with_fewer_nodes(
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
     cluster.wait(job, "PENDING")
     before = (run / "trajectory.mezo").read_bytes()
-    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1")
+    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1", "NumCPUs=1")
     assert cluster.wait(job) == ["COMPLETED"], output(run)
     assert output(run).count("started by torchrun: one process") == 1
     assert (run / "trajectory.mezo").read_bytes().startswith(before)
