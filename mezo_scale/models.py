@@ -1,15 +1,12 @@
-"""Models: from a name in the recipe to a model spread over the ranks, and back to an ordinary checkpoint.
+"""Models: from a name in the recipe to a model spread over the ranks in one of the strategies.
 
-Reading and writing checkpoints is transformers' and DeepSpeed's work. Sharding with FSDP2 is done here, from outside:
-transformers wraps a tied embedding and its head as two units, which gathers the weight twice, and keeps some units
-gathered after the forward pass. So its sharded loader reads (each rank its own part), and `fully_shard` below shards.
-
-Only safetensors are read, and no code that comes with a model is run.
+Reading is transformers' and DeepSpeed's work. Sharding with FSDP2 is done here, from outside: transformers wraps a tied
+embedding and its head as two units, which gathers the weight twice, and keeps some units gathered after the forward
+pass. So its sharded loader reads (each rank its own part), and `shard_fsdp2` shards.
 """
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from mezo_scale.errors import ModelError, RecipeError, ShardingError
-from mezo_scale.recipe import ModelSection, Recipe, ShardingSection, means_disk
+from mezo_scale import checkpoints
+from mezo_scale.errors import RecipeError, ShardingError
+from mezo_scale.recipe import ModelSection, Recipe, ShardingSection
 from mezo_scale.world import World
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -74,31 +66,7 @@ def check(recipe: Recipe, world: World) -> None:
     mesh_shape(sharding, world)
     if sharding.strategy == "zero3":
         deepspeed_config(recipe)
-    find(recipe.model.name)
-
-
-def find(name: str) -> Any:
-    """The configuration of a model that could be tuned.
-
-    Raises:
-        RecipeError: there is no such model.
-        ModelError: it is quantised, or no causal language model.
-    """
-    if means_disk(name) and not Path(name).is_dir():
-        raise RecipeError(f"model.name: there is no folder {name}; expected a Hugging Face checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the hub's client has roots of its own
-        what = "holds no checkpoint" if means_disk(name) else "is neither a folder nor a model that the hub gives"
-        raise RecipeError(f"model.name: {name} {what} ({_one_line(error)})") from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"model.name: {name} is quantised, and quantised weights can't take small updates: give a checkpoint in "
-            "float32, bfloat16 or float16"
-        )
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"model.name: {name} is a {config.model_type} model, expected a causal language model")
-    return config
+    checkpoints.find(recipe.model.name)
 
 
 def mesh_shape(sharding: ShardingSection, world: World) -> tuple[int, int]:
@@ -118,19 +86,8 @@ def mesh_shape(sharding: ShardingSection, world: World) -> tuple[int, int]:
     return replicate, world.size // replicate
 
 
-def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer. Raises ModelError if it can't be read."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise anything here
-        raise ModelError(f"model.name: the tokenizer of {name} can't be read ({_one_line(error)})") from None
-    if tokenizer.pad_token_id is None:  # never looked at: padding is masked
-        tokenizer.pad_token_id = tokenizer.eos_token_id or 0
-    return tokenizer
-
-
 def load(recipe: Recipe, world: World) -> Loaded:
-    """Loads and shards the model; every rank of the world calls it. Raises ModelError as `check` and `read` do."""
+    """Loads and shards the model; every rank calls it. Raises ModelError as `check` and `checkpoints.read` do."""
     section, sharding = recipe.model, recipe.sharding
     dtype = getattr(torch, section.dtype)
     compute_dtype = getattr(torch, section.compute_dtype) if section.compute_dtype else None
@@ -138,32 +95,15 @@ def load(recipe: Recipe, world: World) -> Loaded:
     if sharding.strategy in ("fsdp2", "hsdp"):
         model = _load_fsdp2(section, sharding, dtype, compute_dtype, world)
     else:
-        model = _load_zero3(recipe) if sharding.strategy == "zero3" else read(section.name, dtype).to(world.device)
+        model = (
+            _load_zero3(recipe)
+            if sharding.strategy == "zero3"
+            else checkpoints.read(section.name, dtype).to(world.device)
+        )
         if compute_dtype is not None and compute_dtype != dtype:
             compute = partial(torch.autocast, world.device.type, compute_dtype)
     scratch_dtype = None if compute is nullcontext else compute_dtype
-    return Loaded(model.eval(), load_tokenizer(section.name), world.device, compute, scratch_dtype)
-
-
-def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
-    """A checkpoint as transformers reads it, in evaluation mode, on the CPU if `kwargs` say nothing else.
-
-    Raises:
-        ModelError: it can't be read, or lacks weights (transformers would make them up).
-    """
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.name: {name} can't be read ({_one_line(error)})") from None
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"model.name: the checkpoint {name} lacks {len(missing)} weights of a causal language model, "
-            f"{missing[0]} for one: give a complete one"
-        )
-    return model.eval()
+    return Loaded(model.eval(), checkpoints.load_tokenizer(section.name), world.device, compute, scratch_dtype)
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -192,44 +132,6 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def save(loaded: Loaded, directory: Path, world: World) -> None:
-    """Writes an ordinary Hugging Face checkpoint (safetensors, configuration, tokenizer); every rank calls it.
-
-    It is complete or not there: written beside, then renamed. An older one is replaced.
-    """
-    state = full_state(loaded.model)
-    if world.rank == 0:
-        beside = directory.with_name(directory.name + ".partial")
-        old = directory.with_name(directory.name + ".old")
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        loaded.model.save_pretrained(beside, state_dict=state)
-        loaded.tokenizer.save_pretrained(beside)
-        if directory.exists():
-            directory.rename(old)
-        beside.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict, on the CPU of rank 0; empty on the others. Every rank calls it."""
-    if not dist.is_initialized():
-        return model.state_dict()
-    if any(hasattr(param, "ds_id") for param in model.parameters()):
-        state = _full_state_zero3(model)
-    else:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
-    if dist.get_rank() > 0:
-        return {}
-    names: dict[int, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        state[name] = state[names.setdefault(id(param), name)]  # tied weights are one tensor again, and saved once
-    return state
-
-
 def _load_fsdp2(
     section: ModelSection,
     sharding: ShardingSection,
@@ -241,11 +143,11 @@ def _load_fsdp2(
     offload = sharding.cpu_offload and world.device.type != "cpu"
     distributed = _sharded_loading(replicate, shard, section, sharding)
     if distributed is None:
-        model = read(section.name, dtype)
+        model = checkpoints.read(section.name, dtype)
         mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
         shard_fsdp2(model, mesh if replicate > 1 else mesh["shard"], compute_dtype, offload=offload)
         return model if offload else model.to(world.device)
-    source = read(section.name, dtype, distributed_config=distributed)
+    source = checkpoints.read(section.name, dtype, distributed_config=distributed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(section.name), dtype=dtype)
     model.generation_config = source.generation_config
@@ -326,22 +228,7 @@ def _load_zero3(recipe: Recipe) -> nn.Module:
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     config = deepspeed_config(recipe)
     alive = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions what it reads
-    model = read(recipe.model.name, getattr(torch, recipe.model.dtype))
+    model = checkpoints.read(recipe.model.name, getattr(torch, recipe.model.dtype))
     del alive
     engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
     return engine.module
-
-
-def _full_state_zero3(model: nn.Module) -> dict[str, Tensor]:
-    from deepspeed import zero
-
-    state = model.state_dict()  # buffers, and placeholders of the parameters
-    for name, param in model.named_parameters():
-        with zero.GatheredParameters([param]):
-            if dist.get_rank() == 0:
-                state[name] = param.detach().cpu().clone()
-    return state
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

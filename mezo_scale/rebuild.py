@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from mezo_scale import models
+from mezo_scale import checkpoints, models
 from mezo_scale.errors import RecipeError, TrajectoryError
 from mezo_scale.evaluation import Evaluation, evaluate
-from mezo_scale.models import Loaded
 from mezo_scale.recipe import Recipe
 from mezo_scale.replay import replay
-from mezo_scale.reporting import RunDirectory, Screen
+from mezo_scale.reporting import Screen
+from mezo_scale.run_directory import RunDirectory
 from mezo_scale.trainer import Material
 from mezo_scale.trajectory import Trajectory
 from mezo_scale.world import World, joined
@@ -33,13 +33,13 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out: {out} is there already: give the name of a folder that is not")
     records = Trajectory.open(trajectory)
-    models.find(base)
-    tokenizer = models.load_tokenizer(base)
-    model = models.read(base, _dtype(records))
+    checkpoints.find(base)
+    tokenizer = checkpoints.load_tokenizer(base)
+    model = checkpoints.read(base, _dtype(records))
     screen = Screen(world)
     with screen.counting("replaying") as progress:
         steps = replay(model, records, until, progress=progress)
-    models.save(Loaded(model, tokenizer, torch.device("cpu")), out, world)
+    checkpoints.write(model, tokenizer, out)
     return steps
 
 
@@ -72,8 +72,8 @@ def verify(recipe: Recipe) -> Iterator[str]:
     skipped = sum(record.skipped for record in records)
     size = os.path.getsize(run.trajectory)
     yield f"{run.trajectory}: {len(records)} steps ({skipped} skipped), {size:,} bytes, every checksum right"
-    models.find(recipe.model.name)
-    model = models.read(recipe.model.name, _dtype(records))
+    checkpoints.find(recipe.model.name)
+    model = checkpoints.read(recipe.model.name, _dtype(records))
     replay(model, records, until=0)
     yield f"{recipe.model.name}: the base model that the run began with (fingerprint {records.header.fingerprint})"
     if not run.checkpoint.is_dir():
@@ -81,7 +81,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
     step = run.read_evaluation().get("tuned", {}).get("step", len(records))
     with Screen(World.from_environment()).counting("replaying") as progress:
         replay(model, records, step, progress=progress)
-    saved = models.read(str(run.checkpoint), _dtype(records)).state_dict()
+    saved = checkpoints.read(str(run.checkpoint), _dtype(records)).state_dict()
     rebuilt = model.state_dict()
     different = [name for name in rebuilt if name not in saved or not torch.equal(rebuilt[name], saved[name])]
     if different:

@@ -11,7 +11,7 @@ from rich.table import Table
 from mezo_scale import recipe as recipes
 from mezo_scale import slurm
 from mezo_scale.errors import RecipeError
-from mezo_scale.reporting import RunDirectory
+from mezo_scale.run_directory import RunDirectory
 from mezo_scale.submission import Job
 from mezo_scale.trajectory import Trajectory
 

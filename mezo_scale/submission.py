@@ -29,7 +29,7 @@ from mezo_scale import models, slurm
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import LaunchError, RecipeError
 from mezo_scale.recipe import Recipe
-from mezo_scale.reporting import RunDirectory
+from mezo_scale.run_directory import RunDirectory
 from mezo_scale.world import World
 
 _SINGLE, _ARRAY = "slurm.sbatch", "slurm_array.sbatch"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mezo_scale import models, roll_call, tasks
+from mezo_scale import checkpoints, models, roll_call, tasks
 from mezo_scale.collectives import broadcast_bytes, max_integer
 from mezo_scale.data import Batch, Encoded, collate, encode, share, step_indices
 from mezo_scale.errors import RecipeError
@@ -18,7 +18,8 @@ from mezo_scale.interruption import Interrupted, watch
 from mezo_scale.objectives import OBJECTIVES
 from mezo_scale.optimizer import MeZO
 from mezo_scale.recipe import Recipe, differences, load
-from mezo_scale.reporting import Metrics, RunDirectory, Screen, StepProgress, as_table, result_rows, write_report
+from mezo_scale.reporting import Metrics, Screen, StepProgress, as_table, result_rows, write_report
+from mezo_scale.run_directory import RunDirectory
 from mezo_scale.sharding import shards
 from mezo_scale.trajectory import Trajectory
 from mezo_scale.world import World, joined
@@ -36,7 +37,7 @@ class Material:
     def read(cls, recipe: Recipe) -> "Material":
         """Raises RecipeError or ModelError if the data or the tokenizer is not there or does not fit."""
         splits = tasks.load(recipe.task)
-        tokenizer = models.load_tokenizer(recipe.model.name)
+        tokenizer = checkpoints.load_tokenizer(recipe.model.name)
         parts = (splits.train, splits.dev, splits.test)
         return cls(*([encode(example, tokenizer, recipe.task.max_length) for example in part] for part in parts))
 
@@ -103,7 +104,7 @@ class Trainer:
             tuned = self._evaluate(self.material.test, "tuned")
             results["tuned"] = {**tuned.as_dict(), "step": steps}
         if self.recipe.output.checkpoint:
-            models.save(self.loaded, self.run.checkpoint, self.world)
+            checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
         commands = self._commands()
         if self.world.rank == 0:
             write_report(self.run, self.recipe, self.run.add_evaluation(**results), commands)

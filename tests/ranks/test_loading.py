@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from mezo_scale import models
+from mezo_scale import checkpoints, models
 from mezo_scale.data import Encoded, collate
 from mezo_scale.evaluation import Evaluation, evaluate
 from mezo_scale.objectives import candidate_scores
@@ -44,7 +44,7 @@ def there_and_back(folder: str, strategy: str, out: str) -> tuple[float, int, in
     with torch.no_grad():
         difference = candidate_scores(loaded.model, batch) - candidate_scores(plain, batch)
     stored = sum(shard.local.numel() for shard in shards(loaded.model))
-    models.save(loaded, Path(out), world())
+    checkpoints.write(loaded.model, loaded.tokenizer, Path(out))
     return difference.abs().max().item(), stored, sum(parameter.numel() for parameter in plain.parameters())
 
 
