@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constr
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-kernels clean
+.PHONY: help install demo test test-launch check format bench-kernels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,9 @@ demo: install  ## fine-tune a real model on real data with two ranks, and see wh
 
 test: install  ## run every test
 	$(BIN)/python -m pytest
+
+test-launch: install  ## the real launchers, on a SLURM cluster that is set up for it as well (root, Debian)
+	MEZO_TEST_SLURM=1 $(BIN)/python -m pytest tests/launch tests/slurm
 
 check: install  ## lint, types and the direction of imports
 	$(BIN)/ruff check .
