@@ -63,4 +63,3 @@ def watch(store: dist.Store | None) -> Iterator[Interruption]:
         if not stopped:
             for number, handler in before.items():
                 signal.signal(number, handler)
-

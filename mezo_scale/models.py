@@ -7,6 +7,7 @@ pass. So its sharded loader reads (each rank its own part), and `shard_fsdp2` sh
 
 import json
 import logging
+import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def load(recipe: Recipe, world: World) -> Loaded:
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """The DeepSpeed configuration that the recipe names, looked up here and beside the package. Raises RecipeError."""
     named = Path(recipe.sharding.ds_config)
-    places = [named, Path(__file__).parent.parent / named]
+    installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale"
+    places = [named, Path(__file__).parent.parent / named, installed / named]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise RecipeError(f"sharding.ds_config: there is no file {named}; expected a DeepSpeed configuration (JSON)")
@@ -119,7 +121,10 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(f"sharding.ds_config: {path} is not JSON ({error})") from None
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:
-        raise RecipeError(f"sharding.ds_config: {path} has zero_optimization.stage {stage}, expected 3")
+        raise RecipeError(
+            f"sharding.ds_config: {path} has zero_optimization.stage {stage}, expected 3: the lower stages shard gradients "
+            "and optimizer state, which MeZO has none of, and leave every rank the whole model"
+        )
     if "optimizer" in config:
         raise RecipeError(f"sharding.ds_config: {path} has an optimizer, but MeZO is the optimizer: take it out")
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
