@@ -122,8 +122,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise RecipeError(
-            f"sharding.ds_config: {path} has zero_optimization.stage {stage}, expected 3: the lower stages shard gradients "
-            "and optimizer state, which MeZO has none of, and leave every rank the whole model"
+            f"sharding.ds_config: {path} has zero_optimization.stage {stage}, expected 3: the lower stages shard "
+            "gradients and optimizer state, which MeZO has none of, and leave every rank the whole model"
         )
     if "optimizer" in config:
         raise RecipeError(f"sharding.ds_config: {path} has an optimizer, but MeZO is the optimizer: take it out")
