@@ -150,6 +150,17 @@ def test_a_requeued_run_goes_on_with_fewer_nodes(
     assert losses(run) == pytest.approx(losses(undisturbed), rel=0.05)
 
 
+def test_a_run_signalled_before_its_first_step_is_not_requeued(cluster: Cluster, recipe: pathlib.Path) -> None:
+    """Or a job whose warning comes before it has started up would go round for ever."""
+    run = cluster.folder / "early"
+    job = cluster.submit(recipe, f"output.dir={run}")
+    cluster.wait(job, "RUNNING")
+    time.sleep(1)  # bash has set its trap
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job) == ["FAILED"]
+    assert "goes back in the queue" not in output(run)
+
+
 def test_a_cancelled_run_stays_cancelled(cluster: Cluster, recipe: pathlib.Path) -> None:
     run = cluster.folder / "cancelled"
     job = cluster.submit(recipe, LONG, f"output.dir={run}")
