@@ -1,7 +1,10 @@
 """A run from its recipe to its report. The method is in the optimizer; here is what goes on around it."""
 
 import json
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,14 +191,16 @@ class Trainer:
             return evaluate(self.loaded, examples, self.recipe.train.eval_batch, progress)
 
     def _commands(self) -> dict[str, str]:
-        launch = "mezo-scale"
+        programs = Path(sys.executable).parent
+        at = "" if shutil.which("mezo-scale") == str(programs / "mezo-scale") else f"{os.path.relpath(programs)}/"
+        launch = f"{at}mezo-scale"
         if self.world.size > 1:
-            launch = f"torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
+            launch = f"{at}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
         names = (self.run.path, self.recipe.model.name, self.run.trajectory, self.run.path / "replayed")
         directory, base, trajectory, out = (shlex.quote(str(name)) for name in names)
         return {
             "continue this run": f"{launch} train {directory} train.steps={2 * self.recipe.train.steps}",
-            "rebuild its weights": f"mezo-scale replay --base {base} --trajectory {trajectory} --out {out}",
+            "rebuild its weights": f"{at}mezo-scale replay --base {base} --trajectory {trajectory} --out {out}",
         }
 
 
