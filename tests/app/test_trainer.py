@@ -61,7 +61,8 @@ def test_a_run_leaves_behind_all_that_it_promises(make_recipe: MakeRecipe, capsy
 
     shown = capsys.readouterr().out
     assert "step 4/4  loss" in shown
-    assert f"continue this run: mezo-scale train {run} train.steps=8" in shown
+    commands = dict(line.split(": ", 1) for line in shown.splitlines() if line.startswith(("continue", "rebuild")))
+    assert commands["continue this run"].endswith(f"mezo-scale train {run} train.steps=8")
     assert f"--trajectory {run / 'trajectory.mezo'} --out {run / 'replayed'}" in shown
 
 
