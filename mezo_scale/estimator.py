@@ -109,9 +109,8 @@ class Estimator:
             reason = str(error)
         if collectives.max_integer(int(bool(reason))):
             warnings.warn(
-                "the model can't evaluate several branches in one batch, so they run one at a time and every "
-                "weight is gathered "
-                f"once per branch: {reason or 'another rank found so'}",
+                "the model can't evaluate several branches in one batch, so they run one at a time and every weight "
+                f"is gathered once per branch: {reason or 'another rank found so'}",
                 stacklevel=2,
             )
             return False
@@ -119,9 +118,8 @@ class Estimator:
             names = self.view.never_ran
             warnings.warn(
                 f"{len(names)} trainable parameters belong to modules that the forward never calls "
-                f"({', '.join(names[:3])}"
-                f"{', ...' if len(names) > 3 else ''}): perturbing them has no effect, updating them only adds "
-                "noise; freeze them",
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): perturbing them has no effect, "
+                "updating them only adds noise; freeze them",
                 stacklevel=2,
             )
         return True

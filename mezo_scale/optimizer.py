@@ -167,9 +167,8 @@ class MeZO(torch.optim.Optimizer):
         usual = max(set(everyone), key=everyone.count)
         odd = ", ".join(str(rank) for rank, other in enumerate(everyone) if other != usual)
         raise RankError(
-            f"rank {odd} recorded another step {self.step_count - 1} than the other ranks: give all ranks the "
-            "same seed, eps, "
-            "learning rate and schedule"
+            f"rank {odd} recorded another step {self.step_count - 1} than the other ranks: give all ranks the same "
+            "seed, eps, learning rate and schedule"
         )
 
     def _record(self, seeds: tuple[int, ...], losses: list[float]) -> StepRecord:
@@ -194,8 +193,8 @@ class MeZO(torch.optim.Optimizer):
                 if id(param) not in names:
                     raise ShardingError(
                         "a parameter group holds a parameter that is not one of the model's own trainable ones "
-                        "(FSDP1 flattens "
-                        "them unless use_orig_params=True): build the groups from the sharded model's parameters"
+                        "(FSDP1 flattens them unless use_orig_params=True): build the groups from the sharded "
+                        "model's parameters"
                     )
                 numbers[names[id(param)]] = number
         missing = [shard.name for shard in view.layout.shards if shard.name not in numbers]

@@ -108,17 +108,15 @@ class Header:
         """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
         if self.noise_version != other.noise_version:
             raise TrajectoryError(
-                f"{where} was made with noise version {self.noise_version}, this is version "
-                f"{other.noise_version}: use the "
-                "mezo-scale release that wrote it"
+                f"{where} was made with noise version {self.noise_version}, this is version {other.noise_version}: "
+                "use the mezo-scale release that wrote it"
             )
         if self.manifest != other.manifest:
             raise TrajectoryError(f"{where} belongs to another model: {_difference(self.manifest, other.manifest)}")
         if self.fingerprint != other.fingerprint:
             raise TrajectoryError(
-                f"{where} starts from other weights (fingerprint {self.fingerprint}, these have "
-                f"{other.fingerprint}): give the "
-                "base model it was trained from, loaded in the same dtype"
+                f"{where} starts from other weights (fingerprint {self.fingerprint}, these have {other.fingerprint}): "
+                "give the base model it was trained from, loaded in the same dtype"
             )
         for name in ("num_directions", "num_groups", "distribution", "rounding"):
             mine, theirs = getattr(self, name), getattr(other, name)

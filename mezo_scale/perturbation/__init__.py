@@ -38,7 +38,8 @@ def perturbed(
             ``torch.autocast``; vectors (normalisation, biases) keep theirs. None: the weights' own.
         distribution: "normal" or "rademacher".
 
-    In a loop, keep a `View` and open ``view.branches(...)``: the model is then looked at once.
+    In a loop, keep a `View` and open ``view.branches(...)``: looking at the model takes two small forwards with several
+    branches, and is then done once.
 
     Raises:
         ViewError: a model whose rows can't be divided among several branches.

@@ -70,9 +70,8 @@ class Pairing:
             if module is entry:
                 raise ViewError(
                     f"{type(entry).__name__} can't evaluate several branches in one batch: what "
-                    f"{type(owner).__name__} takes or "
-                    "returns does not divide along dim 0. Evaluate one branch at a time (paired=False), or "
-                    "return per-row results"
+                    f"{type(owner).__name__} takes or returns does not divide along dim 0. Evaluate one branch at a "
+                    "time (paired=False), or return per-row results"
                 )
             module = self.parents.get(module, entry)
             while module not in self.inputs and module is not entry:  # a container that is never called itself

@@ -181,9 +181,8 @@ class View:
         """A unit in all branches: its rows of each with that branch's weights."""
         if module not in self._pairing.units:
             raise ViewError(
-                f"{type(module).__name__} ran under several branches but not when the model was first looked "
-                "at: the model takes "
-                "different paths from call to call. Evaluate one branch at a time (paired=False)"
+                f"{type(module).__name__} ran under several branches but not when the model was first looked at: the "
+                "model takes different paths from call to call. Evaluate one branch at a time (paired=False)"
             )
         if self._is_plain_linear(module, args, kwargs):
             return self._linear(module, args[0])
@@ -423,9 +422,8 @@ def _rows_of(module: nn.Module, tensor: Tensor, count: int) -> list[Tensor]:
     size, rest = divmod(int(tensor.shape[0]), count)
     if rest:
         raise ViewError(
-            f"{type(module).__name__} got {tensor.shape[0]} rows for {count} branches, which do not divide: its "
-            "rows depend on "
-            "the data. Evaluate one branch at a time (paired=False)"
+            f"{type(module).__name__} got {tensor.shape[0]} rows for {count} branches, which do not divide: its rows "
+            "depend on the data. Evaluate one branch at a time (paired=False)"
         )
     if isinstance(tensor, DTensor):
         if any(placement.is_shard(0) for placement in tensor.placements):

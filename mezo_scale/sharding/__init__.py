@@ -98,9 +98,8 @@ def _stored(name: str, param: nn.Parameter) -> tuple[tuple[int, ...], tuple[torc
             f"{name} is quantised ({type(param).__name__}): tune unquantised weights, or LoRA adapters on them"
         )
     raise ShardingError(
-        f"{name} is a {type(param).__module__}.{type(param).__name__} over {type(param.data).__name__}, a kind "
-        "of sharding that "
-        "is not known here: expected plain tensors, DTensor (FSDP2, TP), FSDP1 or DeepSpeed ZeRO-3"
+        f"{name} is a {type(param).__module__}.{type(param).__name__} over {type(param.data).__name__}, a kind of "
+        "sharding that is not known here: expected plain tensors, DTensor (FSDP2, TP), FSDP1 or DeepSpeed ZeRO-3"
     )
 
 

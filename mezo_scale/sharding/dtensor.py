@@ -38,9 +38,8 @@ def local(param: DTensor) -> tuple[torch.Tensor, Runs, int]:
     runs = runs_of(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), param.placements)
     if not stored.is_contiguous() or int(runs[:, 2].sum()) != stored.numel():
         raise ShardingError(
-            f"a DTensor of shape {tuple(param.shape)} with placements {param.placements} stores "
-            f"{tuple(stored.shape)} here, "
-            f"but its placements say {int(runs[:, 2].sum())} contiguous elements: this layout is not supported"
+            f"a DTensor of shape {tuple(param.shape)} with placements {param.placements} stores {tuple(stored.shape)} "
+            f"here, but its placements say {int(runs[:, 2].sum())} contiguous elements: this layout is not supported"
         )
     return stored.view(-1), runs, _replica(mesh, coordinate, param.placements)
 
