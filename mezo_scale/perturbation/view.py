@@ -13,16 +13,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mezo_scale import noise
 from mezo_scale.errors import ViewError
 from mezo_scale.perturbation import pairing
 from mezo_scale.perturbation.scratch import Scratch
+from mezo_scale.perturbation.substitute import RowsOf, shadowed
 from mezo_scale.sharding import Layout, Runs, Site, discover
 from mezo_scale.sharding.dtensor import runs_of
 
@@ -174,7 +173,7 @@ class View:
             if _is_lookup(module, sites):
                 return self._lookup(module, original, args, kwargs, self._active[0])
             weights = {site: self._perturb(site, self._active)[0] for site in sites}
-            with _shadowed(weights):
+            with shadowed(weights):
                 return self._outlive(original(*args, **kwargs))
 
     def _run_all(self, module: nn.Module, original: Forward, args: Any, kwargs: Any) -> Any:
@@ -200,7 +199,7 @@ class View:
                         if lookup:
                             result = self._lookup(module, original, branch_args, branch_kwargs, branch)
                         else:
-                            with _shadowed({site: weight[position] for site, weight in weights.items()}):
+                            with shadowed({site: weight[position] for site, weight in weights.items()}):
                                 result = self._outlive(original(*branch_args, **branch_kwargs))
                         results.append(result)
         finally:
@@ -247,11 +246,11 @@ class View:
         """A table: perturb only the rows that are looked up, where ``F.embedding`` looks them up."""
         (site,) = self._sites[module]
         table = getattr(module, site.attr)
-        with _RowsOf(table, site.param_id, self._branches[branch], self._dtype(table), self.distribution) as rows:
+        with RowsOf(table, site.param_id, self._branches[branch], self._dtype(table), self.distribution) as rows:
             result = original(*args, **kwargs)
         if rows.used:
             return result
-        with _shadowed({site: self._perturb(site, (branch,))[0]}):  # the table was read in some other way
+        with shadowed({site: self._perturb(site, (branch,))[0]}):  # the table was read in some other way
             return self._outlive(original(*args, **kwargs))
 
     def _perturb(self, site: Site, group: Sequence[int]) -> list[Tensor]:
@@ -354,49 +353,6 @@ class View:
             local = torch.cat([part._local_tensor for part in parts])  # type: ignore[attr-defined]
             return DTensor.from_local(local, first.device_mesh, first.placements, run_check=False)
         return torch.cat(parts)
-
-
-class _RowsOf(TorchFunctionMode):
-    """While open, ``F.embedding`` on one table returns perturbed rows of it."""
-
-    def __init__(self, table: Tensor, param_id: int, branch: Branch, dtype: torch.dtype, distribution: str) -> None:
-        super().__init__()
-        self.table, self.param_id, self.branch, self.dtype, self.distribution = (
-            table,
-            param_id,
-            branch,
-            dtype,
-            distribution,
-        )
-        self.used = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.embedding or len(args) < 2 or args[1] is not self.table or kwargs.get("max_norm") is not None:
-            return func(*args, **kwargs)
-        self.used = True
-        ids = args[0]
-        flat = ids.reshape(1, -1).long()
-        out = torch.empty(1, flat.shape[1], *self.table.shape[1:], dtype=self.dtype, device=self.table.device)
-        noise.rows(self.table.detach(), self.param_id, [self.branch], flat, out, distribution=self.distribution)
-        return out.view(*ids.shape, *self.table.shape[1:])
-
-
-@contextmanager
-def _shadowed(weights: dict[Site, Tensor]) -> Iterator[None]:
-    """``module.attr`` is the given tensor inside."""
-    missing = object()
-    saved = [(site, site.module.__dict__.get(site.attr, missing)) for site in weights]
-    try:
-        for site, weight in weights.items():
-            site.module.__dict__[site.attr] = weight
-        yield
-    finally:
-        for site, value in saved:
-            if value is missing:
-                site.module.__dict__.pop(site.attr, None)
-            else:
-                site.module.__dict__[site.attr] = value
 
 
 def _is_lookup(module: nn.Module, sites: Sequence[Site]) -> bool:
