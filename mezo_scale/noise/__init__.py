@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from mezo_scale.noise import check, reference, spec
+from mezo_scale.noise import check, fake, reference, spec
 from mezo_scale.noise.spec import direction_seed, param_id
 
 __all__ = [
@@ -39,6 +40,10 @@ __all__ = [
 VERSION = 1
 
 Runs = npt.NDArray[np.int64]
+
+
+def _kernels_for(tensor: Tensor) -> ModuleType:
+    return fake if isinstance(tensor, FakeTensor) else _kernels(tensor.device)
 
 
 def _kernels(device: torch.device) -> ModuleType:
@@ -125,7 +130,7 @@ def write_(
     if not len(runs) or not len(decays):
         return
     with torch.no_grad():
-        kernels = _kernels(local.device)
+        kernels = _kernels_for(local)
         kernels.write_(local, runs, param_id, seeds, alphas, decays, remainder, stochastic, stream)
 
 
@@ -157,7 +162,7 @@ def view(
         if int(runs[:, 2].sum()) < weight.numel():
             out.copy_(weight.expand_as(out))
         if weight.numel():
-            _kernels(weight.device).view(weight, runs, param_id, branches, out, stream)
+            _kernels_for(weight).view(weight, runs, param_id, branches, out, stream)
 
 
 def rows(
@@ -186,4 +191,4 @@ def rows(
     stream = check.stream(distribution)
     with torch.no_grad():
         if out.numel():
-            _kernels(table.device).rows(table, param_id, branches, ids, out, stream)
+            _kernels_for(table).rows(table, param_id, branches, ids, out, stream)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
@@ -125,6 +126,8 @@ def _take_rows(
 
 def _other(row: Tensor) -> Tensor:
     """Another row, such that code that looks at the data shows it: one token all along, a mask with a hole."""
+    if isinstance(row, FakeTensor):
+        return row  # no values, in a run for its allocations alone
     if row.is_floating_point():
         return -row if bool(row.isfinite().all()) else row
     if row.numel() < 2 or int(row.max()) > 1:
@@ -185,7 +188,9 @@ def _size(tensor: Tensor) -> Size:
 
 def _third_is_first(tensor: Tensor) -> bool:
     """Of three equal blocks along dim 0, whether the third repeats the first (same row, so same values)."""
-    if isinstance(tensor, DTensor) or tensor.dim() == 0 or tensor.shape[0] % 3 or tensor.numel() == 0 or tensor.is_meta:
+    if isinstance(tensor, DTensor | FakeTensor) or tensor.dim() == 0 or tensor.shape[0] % 3:
+        return True
+    if tensor.numel() == 0 or tensor.is_meta:
         return True
     first, _, third = tensor.detach().chunk(3)
     if not tensor.is_floating_point():

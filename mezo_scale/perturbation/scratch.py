@@ -52,5 +52,5 @@ class Scratch:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lives in this scratch, and so must be copied to outlast its frame."""
-        pointer = tensor.untyped_storage().data_ptr()
-        return any(buffer.untyped_storage().data_ptr() == pointer for buffer in self._buffers.values())
+        storage = tensor.untyped_storage()._cdata  # not its address: a fake tensor has none
+        return any(buffer.untyped_storage()._cdata == storage for buffer in self._buffers.values())

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mezo_scale.sharding.shard import Runs, run
 
 
 def owns(param: torch.Tensor) -> bool:
-    """A whole, ordinary tensor. Subclasses and parameters that another library has marked as its own are not."""
+    """A whole, ordinary tensor. Subclasses and parameters that another library has marked as its own are not.
+
+    A fake tensor is ordinary here: a run for its allocations alone takes every step that a real one takes.
+    """
     marked = hasattr(param, "ds_id") or getattr(param, "tensor_model_parallel", False)
-    return type(param) is nn.Parameter and type(param.data) is torch.Tensor and not marked
+    return type(param) in (nn.Parameter, FakeTensor) and type(param.data) in (torch.Tensor, FakeTensor) and not marked
 
 
 def local(param: torch.Tensor) -> tuple[torch.Tensor, Runs, int]:
