@@ -1,0 +1,158 @@
+"""Every strategy for a model on given devices: what it takes, whether it fits, and which one to take."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+
+from mezo_scale.errors import RecipeError, ShardingError
+from mezo_scale.planner.memory import Memory, memory
+from mezo_scale.planner.rates import Rates, seconds
+from mezo_scale.planner.strategy import GIB, Strategy, Workload
+from mezo_scale.planner.traffic import Traffic, traffic
+
+NVME = "for evaluation only: an update can't write weights that lie on disk"
+_MANY = 4096  # devices, beyond which nobody is sent
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices.
+
+    Attributes:
+        gpus: in all.
+        gpus_per_node: of each node; `gpus` fill whole nodes.
+        memory_gib: of each device.
+        headroom: the part of it that is left free, for the context of the device, buffers of its communication library
+            and fragments between allocations.
+        host_gib: of each node, for what is offloaded; None: taken to be enough.
+    """
+
+    gpus: int
+    gpus_per_node: int
+    memory_gib: float
+    headroom: float = 0.1
+    host_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.gpus_per_node < 1:
+            raise ShardingError(f"{self.gpus} devices, {self.gpus_per_node} per node: expected at least 1 of both")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            whole = self.gpus - self.gpus % self.gpus_per_node
+            raise ShardingError(
+                f"{self.gpus} devices do not fill nodes of {self.gpus_per_node}: take {whole} or "
+                f"{whole + self.gpus_per_node}, or say how many a node has"
+            )
+        if not self.memory_gib > 0:
+            raise RecipeError(f"the memory per device is {self.memory_gib} GiB: expected more than 0")
+        if not 0 <= self.headroom < 1:
+            raise RecipeError(f"the headroom is {self.headroom}: expected a part of the memory, 0 or above and below 1")
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def usable_gib(self) -> float:
+        return self.memory_gib * (1 - self.headroom)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A strategy, and what a step of it takes. Bytes per device; `note` says what else keeps it from running."""
+
+    strategy: Strategy
+    memory: Memory
+    traffic: Traffic
+    seconds: float
+    fits: bool
+    host_gib: float
+    note: str = ""
+    dry: Memory | None = None
+    dry_gathered: int = 0
+
+    @property
+    def dry_error(self) -> float | None:
+        """Of the arithmetic against the dry run's peak."""
+        return None if self.dry is None else self.memory.peak / self.dry.peak - 1
+
+
+def strategies(cluster: Cluster, workload: Workload) -> Iterator[Strategy]:
+    """Those that the recipe can say on these devices."""
+    gpus = cluster.gpus
+    masters = {"bfloat16": (True, False), "float16": (False,), "float32": (False,)}[workload.dtype]
+    for master in masters:
+        yield Strategy("single", 1, gpus, None, master)
+        for offload in (None, "cpu"):
+            if gpus > 1 or offload:
+                yield Strategy("fsdp2", gpus, 1, offload, master)
+            for copies in range(2, gpus):
+                if gpus % copies == 0:
+                    yield Strategy("hsdp", gpus // copies, copies, offload, master)
+        if workload.dtype != "float16":  # there is no DeepSpeed configuration for it
+            for offload in (None, "cpu", "nvme"):
+                if gpus > 1 or offload:
+                    yield Strategy("zero3", gpus, 1, offload, master)
+
+
+def plan(
+    config: PretrainedConfig,
+    cluster: Cluster,
+    workload: Workload,
+    rates: Rates = Rates(),  # noqa: B008
+) -> list[Entry]:
+    """Every strategy, in the order of `strategies`."""
+    return [_entry(config, strategy, cluster, workload, rates) for strategy in strategies(cluster, workload)]
+
+
+def recommended(entries: list[Entry]) -> Entry | None:
+    """The one to take: float32 masters before 16 bits (which lose small updates), devices before host memory, then the
+    fastest, then the least traffic. None if nothing fits."""
+    fitting = [entry for entry in entries if entry.fits]
+    masters = any(entry.strategy.master for entry in entries)
+    return min(
+        fitting,
+        key=lambda entry: (
+            masters and not entry.strategy.master,
+            entry.strategy.offload is not None,
+            round(entry.seconds, 3),
+            entry.traffic.gathered,
+            entry.memory.peak,
+        ),
+        default=None,
+    )
+
+
+def with_dry_run(config: PretrainedConfig, entry: Entry, workload: Workload) -> Entry:
+    """The entry with the figures of its dry run, where there is one."""
+    from mezo_scale.planner.dry_run import can_run, dry_run  # seconds to import
+
+    if not can_run(entry.strategy, workload):
+        return entry
+    dry, gathered = dry_run(config, entry.strategy, workload)
+    return replace(entry, dry=dry, dry_gathered=gathered)
+
+
+def devices_needed(
+    config: PretrainedConfig, cluster: Cluster, workload: Workload, *, master: bool, offload: str | None = None
+) -> int | None:
+    """From how many such devices on FSDP2 over all of them fits; None: on no number."""
+    gpus = 1
+    while gpus <= _MANY:
+        strategy = Strategy("fsdp2", gpus, 1, offload, master)
+        if memory(config, strategy, workload).peak <= cluster.usable_gib * GIB:
+            return gpus
+        gpus += 1 if gpus < cluster.gpus_per_node else cluster.gpus_per_node
+    return None
+
+
+def _entry(config: PretrainedConfig, strategy: Strategy, cluster: Cluster, workload: Workload, rates: Rates) -> Entry:
+    needed = memory(config, strategy, workload)
+    moved = traffic(config, strategy, workload, cluster.gpus_per_node)
+    time = seconds(config, strategy, workload, rates, cluster.gpus_per_node)
+    host = needed.host * min(cluster.gpus, cluster.gpus_per_node) / GIB
+    note = NVME if strategy.offload == "nvme" else ""
+    if strategy.offload == "cpu" and cluster.host_gib is not None and host > cluster.host_gib:
+        note = f"takes {host:.0f} GiB of each node's memory, which has {cluster.host_gib:g}"
+    fits = needed.peak <= cluster.usable_gib * GIB and not note
+    return Entry(strategy, needed, moved, time, fits, host, note)

@@ -1,0 +1,57 @@
+"""How long a step would take, from rates of links and compute: an estimate to compare by, not a measurement."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from mezo_scale.planner.architecture import architecture
+from mezo_scale.planner.strategy import Strategy, Workload
+from mezo_scale.planner.traffic import traffic
+
+FORMULA = """\
+step = max(gather, compute) + update
+  gather  = max(bytes inside / inside, node's bytes between / between, bytes from host / pcie)
+  compute = (2 x layer parameters + 4 x layers x hidden x tokens) x branches x rows x tokens / compute
+            + directions x parameters / noise
+  update  = directions x parameters on this rank / noise (cpu noise where the shards are offloaded)"""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reaches, not what it is sold for. The defaults: A100 nodes on 100 Gb/s Ethernet.
+
+    Attributes:
+        compute_tflops: of a device in the compute dtype: half of an A100's 312.
+        inside_gb_s: into each device from others of its node, in an all-gather: NVLink 3.
+        between_gbit_s: into each node from the others, shared by its devices.
+        pcie_gb_s: from host memory to each device.
+        noise_g_s, cpu_noise_g_s: billions of normal numbers per second on a device, and on the CPU for each rank (one
+            core measured 1.4 in float32, 0.8 in bfloat16; a GPU was not measured).
+    """
+
+    compute_tflops: float = 156.0
+    inside_gb_s: float = 200.0
+    between_gbit_s: float = 100.0
+    pcie_gb_s: float = 20.0
+    noise_g_s: float = 50.0
+    cpu_noise_g_s: float = 1.0
+
+
+def seconds(
+    config: PretrainedConfig, strategy: Strategy, workload: Workload, rates: Rates, gpus_per_node: int = 8
+) -> float:
+    """Estimated seconds per step, by `FORMULA`. Latencies, loading of data and evaluations are left out."""
+    arch, moved = architecture(config), traffic(config, strategy, workload, gpus_per_node)
+    gather = max(
+        moved.inside_node / (rates.inside_gb_s * 1e9),
+        moved.between_nodes * gpus_per_node / (rates.between_gbit_s * 1e9 / 8),
+        moved.host / (rates.pcie_gb_s * 1e9),
+    )
+    layers = sum(unit.numel for unit in arch.units if unit.kind == "layer")
+    per_token = 2 * layers + 4 * arch.layers * arch.hidden * workload.tokens
+    tokens = workload.branches * workload.rows * workload.tokens
+    directions = -(-workload.branches // 2)
+    compute = per_token * tokens / (rates.compute_tflops * 1e12) + directions * arch.numel / (rates.noise_g_s * 1e9)
+    update_rate = rates.noise_g_s if strategy.offload is None else rates.cpu_noise_g_s
+    update = directions * arch.numel / strategy.shard / (update_rate * 1e9)
+    return max(gather, compute) + update

@@ -1,0 +1,67 @@
+"""Bytes that a rank receives in a step, by arithmetic. Tests count what the collectives of a real step carry."""
+
+import math
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from mezo_scale.planner.architecture import Architecture, architecture
+from mezo_scale.planner.memory import gathered_dtype, shard_numel
+from mezo_scale.planner.strategy import BYTES, Strategy, Workload
+
+MAX_REUSE = 1_000_000_000  # ds_configs/*.json: a weight used again within so many elements is kept, not gathered again
+_FLOAT64 = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes per rank and step.
+
+    Attributes:
+        gathered: what all-gathers fill, this rank's own part and padding included: each weight once, whatever the
+            number of branches.
+        inside_node, between_nodes: what of it comes from other ranks, over which links (a ring: of the ranks of a
+            node, one receives from another node). Averages over the ranks of a node.
+        host: from host memory to the device, where the shards are offloaded.
+        scalars: the one all-reduce: the sum of losses of each branch, the row count and two digests of the last record.
+    """
+
+    gathered: int
+    inside_node: int
+    between_nodes: int
+    host: int
+    scalars: int
+
+
+def traffic(config: PretrainedConfig, strategy: Strategy, workload: Workload, gpus_per_node: int = 8) -> Traffic:
+    """What a step moves when the ranks of one copy fill nodes of `gpus_per_node`, or share one."""
+    arch = architecture(config)
+    gathered = _gathered(arch, strategy, workload) if strategy.shard > 1 else 0
+    received = gathered * (strategy.shard - 1) // strategy.shard
+    between = received // gpus_per_node if strategy.shard > gpus_per_node else 0
+    host = 0
+    if strategy.offload is not None:
+        stored = sum(shard_numel(unit.shapes, strategy) for unit in arch.units)
+        host = stored * BYTES[workload.stored(strategy)]
+    scalars = _FLOAT64 * (workload.branches + 3) if strategy.gpus > 1 else 0
+    return Traffic(gathered, received - between, between, host, scalars)
+
+
+def _gathered(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
+    if strategy.name == "single":
+        return 0
+    total = sum(
+        shard_numel(unit.shapes, strategy) * BYTES[gathered_dtype(unit.kind, strategy, workload)] for unit in arch.units
+    )
+    if strategy.name == "zero3":
+        total += _again(arch, strategy) * BYTES[workload.stored(strategy)]
+    return total * strategy.shard
+
+
+def _again(arch: Architecture, strategy: Strategy) -> int:
+    """Elements of a tied table on a rank, if the head is too far from the embeddings for ZeRO-3 to keep it."""
+    placed = sum(math.prod(shape) for owner in arch.owners for shape in owner.shapes)
+    tied = placed - arch.numel
+    if tied == 0 or arch.numel - tied < MAX_REUSE:
+        return 0
+    return shard_numel(((tied,),), strategy)
