@@ -1,0 +1,255 @@
+"""One rank of one cell: builds the model, counts a step's collectives, weighs it, times it.
+
+Run by `processes` as: python -m mezo_scale.bench.measure REQUEST.json OUTCOME.json
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mezo_scale import models, noise, recipe
+from mezo_scale.bench.cell import Cell
+from mezo_scale.bench.counting import Traffic, summed
+from mezo_scale.bench.memory import PeakMemory, keep_freed_memory
+from mezo_scale.errors import MezoError, RecipeError
+from mezo_scale.objectives import candidates_loss
+from mezo_scale.optimizer import MeZO
+from mezo_scale.shapes import config_of
+from mezo_scale.sharding import shards
+from mezo_scale.world import World, joined
+
+WARM_UP = 3  # steps: the first checks the pairing, and ZeRO-3 learns the order of modules from the first runs
+_BASELINES = Path("tools") / "baselines.py"
+
+Step = Callable[[], float]
+
+
+def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
+    """This rank's figures. Every rank of the world calls it.
+
+    Returns:
+        step_s, forwards_s: seconds of each round's step, and of the two bare forwards on the same rows after it.
+        peak_bytes, base_bytes: most memory during a step; what the process had before there was a model.
+        stored_bytes: of the shards. parameters, layers: of the whole model.
+        step_collectives, forward_collectives: see `counting.summed`; of one step, and of one bare forward.
+        layer_bytes, gather_s: of a decoder layer as it is gathered; seconds of gathering that much. None on one rank.
+    """
+    memory = PeakMemory(world.device)
+    if cell.memory_cap_gib is not None and world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cell.memory_cap_gib * 2**30 / total), world.device)
+    _compile_kernels(cell, world.device)
+    _import_model(cell)
+    base = memory.now()
+    loaded = models.load(_recipe(cell), world)
+    step, forward = _contenders(cell, loaded, world)
+    for _ in range(WARM_UP):
+        loss = step()
+    memory.reset()
+    step()
+    peak = memory.peak()
+    forward()
+    with Traffic() as bare:
+        forward()
+    with Traffic() as whole:
+        step()
+    keep_freed_memory()
+    seconds = _interleave({"step_s": step, "forwards_s": lambda: (forward(), forward())}, rounds, world)
+    count, layers, layer_bytes = _size(loaded.model, cell)
+    return {
+        **seconds,
+        "loss": loss,
+        "peak_bytes": peak,
+        "base_bytes": base,
+        "stored_bytes": sum(shard.local.nbytes for shard in shards(loaded.model)),
+        "parameters": count,
+        "layers": layers,
+        "layer_bytes": layer_bytes,
+        "gather_s": _gather_seconds(layer_bytes, rounds, world),
+        "step_collectives": summed(whole.collectives),
+        "forward_collectives": summed(bare.collectives),
+        "device_type": world.device.type,
+        "device": _device_name(world.device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+
+
+def baselines() -> ModuleType:
+    """tools/baselines.py of the checkout, or where it was installed to. Raises RecipeError."""
+    installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale"
+    for place in (Path(__file__).parents[2], installed):
+        spec = importlib.util.spec_from_file_location("mezo_scale_baselines", place / _BASELINES)
+        if (place / _BASELINES).is_file() and spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise RecipeError(f"there is no {_BASELINES} beside the package or in {installed}: take only --method mezo")
+
+
+def _recipe(cell: Cell) -> recipe.Recipe:
+    sharding: dict[str, Any] = {"strategy": cell.strategy, "replicate": cell.replicate}
+    if cell.strategy == "zero3" and cell.dtype == "bfloat16":
+        sharding["ds_config"] = "ds_configs/zero3_bf16.json"
+    return recipe.parse(
+        {
+            "model": {"name": cell.model, "dtype": cell.dtype, "compute_dtype": cell.compute_dtype},
+            "task": {"data": "random tokens"},
+            "sharding": sharding,
+        }
+    )
+
+
+def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, Callable[[], Any]]:
+    """A step of the cell's method, and one bare forward on the same rows."""
+    model = loaded.model
+    batch = _batch(cell, int(model.config.vocab_size), loaded.device)
+
+    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with loaded.compute():
+            return candidates_loss(model, batch)
+
+    def forward() -> float:
+        with torch.no_grad():
+            return float(objective(model, batch).sum())
+
+    if cell.method == "mezo":
+        optimizer = MeZO(model, num_directions=cell.num_directions, dtype=loaded.scratch_dtype)
+        return partial(optimizer.step, batch=batch, objective=objective), forward
+    baseline = baselines().BASELINES[cell.method](model)
+    return partial(baseline.step, batch, objective), forward
+
+
+def _batch(cell: Cell, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens, two candidates of one token each: `data.collate`'s first form, this rank's rows."""
+    rows = cell.rows // cell.world_size
+    generator = torch.Generator().manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
+    batch = {
+        "input_ids": torch.randint(vocabulary, (rows, cell.tokens), generator=generator),
+        "attention_mask": torch.ones(rows, cell.tokens, dtype=torch.long),
+        "candidate_ids": torch.tensor([[1, 2]]).expand(rows, 2).contiguous(),
+        "label": torch.arange(rows) % 2,
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _interleave(contenders: dict[str, Callable[[], Any]], rounds: int, world: World) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one round to warm up. All ranks begin each together."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            if dist.is_initialized():
+                dist.barrier()
+            _wait(world.device)
+            start = time.perf_counter()
+            run()
+            _wait(world.device)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _gather_seconds(nbytes: int, rounds: int, world: World) -> float | None:
+    """Median seconds of gathering that many bytes over all ranks."""
+    if world.size == 1:
+        return None
+    mine = torch.zeros(-(-nbytes // world.size), dtype=torch.uint8, device=world.device)
+    whole = torch.empty(len(mine) * world.size, dtype=torch.uint8, device=world.device)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    timed = _interleave({"gather": lambda: gather(whole, mine)}, rounds, world)
+    return float(np.median(timed["gather"]))
+
+
+def _size(model: nn.Module, cell: Cell) -> tuple[int, int, int]:
+    """Parameters of the model, its decoder layers, and the bytes of one as it is gathered."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    # FSDP2 gives every class that it shards a name of its own.
+    layers = [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
+    dtype = cell.compute_dtype if cell.compute_dtype and cell.strategy in ("fsdp2", "hsdp") else cell.dtype
+    each = sum(_numel(parameter) for parameter in layers[0].parameters()) if layers else 0
+    return sum(map(_numel, model.parameters())), len(layers), each * getattr(torch, dtype).itemsize
+
+
+def _numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+
+
+def _compile_kernels(cell: Cell, device: torch.device) -> None:
+    """So that what their compiler takes is not counted as the model's."""
+    weight = torch.zeros(64, dtype=getattr(torch, cell.dtype), device=device)
+    dtypes = {cell.dtype, cell.compute_dtype or cell.dtype}
+    for dtype in dtypes:
+        out = torch.empty(2, 64, dtype=getattr(torch, dtype), device=device)
+        noise.view(weight.to(out.dtype), 1, [(1, 1e-3), (1, -1e-3)], out)
+    runs, seeds = np.array([[0, 0, 64]]), np.zeros((1, 1), np.uint64)
+    noise.write_(weight, runs, 1, seeds, np.zeros((1, 1), np.float32), np.ones(1, np.float32))
+
+
+def _import_model(cell: Cell) -> None:
+    """The code of the model's architecture, which is no memory of the model's either."""
+    config = config_of(cell.model.removeprefix("random:"))
+    _ = AutoModelForCausalLM._model_mapping[type(config)]
+    if cell.strategy == "zero3":
+        import deepspeed  # noqa: F401
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def _reason(error: BaseException) -> str:
+    """One line for the row."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MezoError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or isinstance(error, MemoryError):
+        return f"out of memory: {text[:200]}"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def main(request: Path, outcome: Path) -> None:
+    """Writes {"figures": ...} or {"reason": ...}; a process that is killed writes nothing."""
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    cell = Cell(**asked["cell"])
+    try:
+        with joined(always_group=cell.strategy != "single") as world:
+            with world.together():
+                models.check(_recipe(cell), world)
+            answer: dict[str, Any] = {"figures": measure(cell, asked["rounds"], world)}
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"reason": _reason(error)}
+    beside = outcome.with_suffix(".partial")
+    beside.write_text(json.dumps(answer), encoding="utf-8")
+    beside.replace(outcome)
+    sys.exit("figures" not in answer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
