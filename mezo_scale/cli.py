@@ -1,17 +1,21 @@
 """The command line. It parses, calls one function, and turns a MezoError into one line and exit code 2."""
 
+import json
 import os
 import sys
 import textwrap
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mezo_scale import launcher
 from mezo_scale import recipe as recipes
-from mezo_scale.errors import LaunchError, MezoError
+from mezo_scale.errors import LaunchError, MezoError, ShardingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="mezo-scale",
@@ -159,13 +163,144 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, or of an array of them.")],
 ) -> None:
     """How a run is getting on: its state, steps, rate, time left and last losses."""
-    from rich.console import Console
-
     from mezo_scale.status import status as ask
     from mezo_scale.status import table
 
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table(ask(run)))
+    _console().print(table(ask(run)))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A model by name (opt-66b), a folder or its config.json, a hub name.")],
+    gpus: Annotated[int, typer.Option(help="Devices in all, one rank each.")],
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each device.")],
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="Devices of each node; default: 8, or all if fewer.")
+    ] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of each node, for what is offloaded; default: enough.")
+    ] = None,
+    headroom: Annotated[float, typer.Option(help="Part of a device's memory that is to stay free.")] = 0.1,
+    rows: Annotated[int, typer.Option(help="Rows of a batch (or micro-batch) on each rank.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of a row, padding included.")] = 400,
+    positions: Annotated[int, typer.Option(help="Positions per row whose logits the loss needs.")] = 1,
+    directions: Annotated[int, typer.Option(min=1, help="Random directions per step, of two branches each.")] = 1,
+    dtype: Annotated[str, typer.Option(help="What is computed in: bfloat16, float16 or float32.")] = "bfloat16",
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A rate of the machine, like between_gbit_s=10; repeatable."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe that the printed command names.")] = "recipe.yaml",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take each step that fits on tensors without memory, and compare.")
+    ] = False,
+) -> None:
+    """What fits on which devices, and how: memory, traffic and time of every strategy, before a machine is booked."""
+    from mezo_scale.planner import Cluster, Rates, Report, Workload
+
+    per_node = min(gpus, 8) if gpus_per_node is None else gpus_per_node
+    cluster = Cluster(gpus, per_node, gpu_memory, headroom, host_memory)
+    workload = Workload(rows, tokens, 2 * directions, dtype, positions)
+    report = Report.make(model, cluster, workload, Rates.parse(rate or ()), recipe, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        _console().print(report.table())
+        for line in report.lines():
+            typer.echo(line)
+    if report.choice is None:
+        raise ShardingError(report.nothing_fits())
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A first look in a few minutes on 2 CPU cores: a 135M model, 1 and 2 ranks."),
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder, a name on the hub, or random:SHAPE (random:opt-13b); repeatable."),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="single, fsdp2, hsdp or zero3; repeatable. Default: fsdp2.")
+    ] = None,
+    world_size: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Ranks; repeatable. Default: the launcher's, or 1 and one per GPU (2 without GPUs)."),
+    ] = None,
+    scaling: Annotated[
+        list[str] | None,
+        typer.Option(help="strong: --rows is the whole batch. weak: --rows is each rank's. Default: both."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="mezo; published (MeZO in place, one rank), naive (the same on FSDP2's shards) or adamw (full "
+            "fine-tuning under FSDP2), which are in tools/baselines.py; repeatable. Default: mezo."
+        ),
+    ] = None,
+    directions: Annotated[list[int] | None, typer.Option(min=1, help="Of mezo; repeatable. Default: 1.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, see --scaling.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
+    dtype: Annotated[str, typer.Option(help="What weights are stored in: float32, bfloat16 or float16.")] = "float32",
+    compute_dtype: Annotated[str | None, typer.Option(help="bfloat16, or as stored.")] = None,
+    replicate: Annotated[int | None, typer.Option(min=2, help="Copies of the model under hsdp. Default: 2.")] = None,
+    memory_cap: Annotated[float | None, typer.Option(metavar="GIB", help="Of each GPU, what a rank may take.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How often step and bare forwards take turns. Default: 7; 3 with --quick.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of a cell; then it is a row without figures.")
+    ] = 1800,
+    project: Annotated[str, typer.Option(help="The shape whose projection to 64 devices is drawn.")] = "opt-66b",
+    out: Annotated[
+        Path, typer.Option(help="The folder of the rows and the report; its rows are not measured again.")
+    ] = Path("bench/report"),
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure cells again that have no figures.")
+    ] = False,
+) -> None:
+    """Measure how a step scales: time, memory and traffic over strategies and ranks, beside the plan and the baselines.
+
+    Alone it starts the ranks of each cell itself, on this machine. Under torchrun, deepspeed or srun it measures the
+    cells with as many ranks as there are; launches of different sizes add to one folder. Every cell runs in processes
+    of its own, so one that runs out of memory is a row with its reason. Stopped, the same command goes on.
+
+    \b
+      mezo-scale bench --quick
+      mezo-scale bench --model random:opt-13b --dtype bfloat16 --strategy fsdp2 --strategy zero3 --world-size 4
+      srun --nodes 2 --ntasks-per-node 8 mezo-scale bench --model random:opt-66b --dtype bfloat16 --strategy hsdp
+    """
+    found = launcher.adopt()
+    from mezo_scale.bench import cell, report, sweep  # seconds to import
+
+    if quick:
+        cells = cell.quick(model or ())
+    else:
+        grid = cell.Grid(
+            models=model or (),
+            strategies=strategy or ("fsdp2",),
+            world_sizes=world_size or sweep.usual_world_sizes(found),
+            scalings=scaling or ("strong", "weak"),
+            methods=method or ("mezo",),
+            directions=directions or (1,),
+            rows=rows,
+            tokens=tokens,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+            replicate=replicate,
+            memory_cap_gib=memory_cap,
+        )
+        cells = grid.cells()
+    sweep.check(cells, project)
+    say = typer.echo if found.rank == 0 else lambda line: None
+    say(str(found))
+    turns = rounds or (3 if quick else 7)
+    done = sweep.run(cells, out, found, rounds=turns, timeout_s=timeout, retry_failed=retry_failed, say=say)
+    if found.rank == 0:
+        say(f"report: {report.write(done, out, project)}")
 
 
 @app.command()
@@ -203,6 +338,13 @@ def _launch(processes: int | None) -> None:
         raise LaunchError(f"--processes is {processes}, but {found.name} started {found.world_size}: leave it out")
     if found.rank == 0:
         typer.echo(str(found))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _is_first() -> bool:

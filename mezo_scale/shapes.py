@@ -3,6 +3,7 @@
 The numbers are those of the models' published configurations.
 """
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,9 @@ def _read(name: str) -> PretrainedConfig:
             ) from None
         if kind not in CONFIG_MAPPING:
             raise ModelError(f"{file} has model_type {kind!r}, which this version of transformers does not know")
+    close = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.75)
+    if close and "/" not in name and not path.exists():  # a slip, not worth asking the network
+        raise RecipeError(f"there is no model {name}; did you mean {close[0]}? Expected {_known()}")
     try:
         return AutoConfig.from_pretrained(path if means_disk(name) else name, trust_remote_code=False)
     except Exception as error:  # the hub's client has roots of its own

@@ -3,6 +3,7 @@
 from mezo_scale.planner.memory import Memory, memory
 from mezo_scale.planner.plan import Cluster, Entry, devices_needed, plan, recommended, strategies, with_dry_run
 from mezo_scale.planner.rates import FORMULA, Rates, seconds
+from mezo_scale.planner.report import Report
 from mezo_scale.planner.strategy import GIB, Strategy, Workload
 from mezo_scale.planner.traffic import Traffic, traffic
 
@@ -13,6 +14,7 @@ __all__ = [
     "Entry",
     "Memory",
     "Rates",
+    "Report",
     "Strategy",
     "Traffic",
     "Workload",

@@ -87,7 +87,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
     """Of the model that this configuration describes."""
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
-        _KNOWN[key] = _read(skeleton(config), config)
+        _KNOWN[key] = _read(skeleton(config), config.get_text_config())
     return _KNOWN[key]
 
 

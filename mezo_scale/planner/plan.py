@@ -1,8 +1,10 @@
 """Every strategy for a model on given devices: what it takes, whether it fits, and which one to take."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import PretrainedConfig
 
 from mezo_scale.errors import RecipeError, ShardingError
@@ -12,6 +14,7 @@ from mezo_scale.planner.strategy import GIB, Strategy, Workload
 from mezo_scale.planner.traffic import Traffic, traffic
 
 NVME = "for evaluation only: an update can't write weights that lie on disk"
+_SIMPLEST = ("single", "fsdp2", "hsdp", "zero3")
 _MANY = 4096  # devices, beyond which nobody is sent
 
 
@@ -107,7 +110,7 @@ def plan(
 
 def recommended(entries: list[Entry]) -> Entry | None:
     """The one to take: float32 masters before 16 bits (which lose small updates), devices before host memory, then the
-    fastest, then the least traffic. None if nothing fits."""
+    fastest, then the least traffic, then the simplest. None if nothing fits."""
     fitting = [entry for entry in entries if entry.fits]
     masters = any(entry.strategy.master for entry in entries)
     return min(
@@ -117,7 +120,7 @@ def recommended(entries: list[Entry]) -> Entry | None:
             entry.strategy.offload is not None,
             round(entry.seconds, 3),
             entry.traffic.gathered,
-            entry.memory.peak,
+            _SIMPLEST.index(entry.strategy.name),
         ),
         default=None,
     )
@@ -129,7 +132,10 @@ def with_dry_run(config: PretrainedConfig, entry: Entry, workload: Workload) -> 
 
     if not can_run(entry.strategy, workload):
         return entry
-    dry, gathered = dry_run(config, entry.strategy, workload)
+    try:
+        dry, gathered = dry_run(config, entry.strategy, workload)
+    except DataDependentOutputException:
+        return replace(entry, note="no dry run: what this model runs depends on values, which there are none of")
     return replace(entry, dry=dry, dry_gathered=gathered)
 
 
@@ -137,20 +143,22 @@ def devices_needed(
     config: PretrainedConfig, cluster: Cluster, workload: Workload, *, master: bool, offload: str | None = None
 ) -> int | None:
     """From how many such devices on FSDP2 over all of them fits; None: on no number."""
-    gpus = 1
-    while gpus <= _MANY:
-        strategy = Strategy("fsdp2", gpus, 1, offload, master)
-        if memory(config, strategy, workload).peak <= cluster.usable_gib * GIB:
-            return gpus
-        gpus += 1 if gpus < cluster.gpus_per_node else cluster.gpus_per_node
-    return None
+
+    def fits(gpus: int) -> bool:
+        peak = memory(config, Strategy("fsdp2", gpus, 1, offload, master), workload).peak
+        return peak <= cluster.usable_gib * GIB
+
+    node = cluster.gpus_per_node
+    numbers = [*range(1, node), *range(node, _MANY + 1, node)]
+    first = bisect_left(numbers, True, key=fits)
+    return numbers[first] if first < len(numbers) else None
 
 
 def _entry(config: PretrainedConfig, strategy: Strategy, cluster: Cluster, workload: Workload, rates: Rates) -> Entry:
     needed = memory(config, strategy, workload)
     moved = traffic(config, strategy, workload, cluster.gpus_per_node)
     time = seconds(config, strategy, workload, rates, cluster.gpus_per_node)
-    host = needed.host * min(cluster.gpus, cluster.gpus_per_node) / GIB
+    host = needed.host * min(cluster.gpus, cluster.gpus_per_node) / GIB if strategy.offload == "cpu" else 0.0
     note = NVME if strategy.offload == "nvme" else ""
     if strategy.offload == "cpu" and cluster.host_gib is not None and host > cluster.host_gib:
         note = f"takes {host:.0f} GiB of each node's memory, which has {cluster.host_gib:g}"

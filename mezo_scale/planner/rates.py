@@ -1,9 +1,12 @@
 """How long a step would take, from rates of links and compute: an estimate to compare by, not a measurement."""
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from transformers import PretrainedConfig
 
+from mezo_scale.errors import RecipeError
 from mezo_scale.planner.architecture import architecture
 from mezo_scale.planner.strategy import Strategy, Workload
 from mezo_scale.planner.traffic import traffic
@@ -35,6 +38,24 @@ class Rates:
     pcie_gb_s: float = 20.0
     noise_g_s: float = 50.0
     cpu_noise_g_s: float = 1.0
+
+    @classmethod
+    def parse(cls, given: Sequence[str]) -> "Rates":
+        """The defaults, but for those that are given as NAME=VALUE. Raises RecipeError."""
+        known = asdict(cls())
+        for text in given:
+            name, _, value = text.partition("=")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+                raise RecipeError(f"found the rate {text!r}{hint}")
+            try:
+                known[name] = float(value)
+            except ValueError:
+                raise RecipeError(f"the rate {name} is {value!r}: expected a number, like {name}=100") from None
+            if not 0 < known[name] < float("inf"):
+                raise RecipeError(f"the rate {name} is {value}: expected a finite number above 0")
+        return cls(**known)
 
 
 def seconds(

@@ -10,24 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mezo_scale import cli
 from mezo_scale import recipe as recipes
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, output, errors."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mezo-scale", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -51,7 +36,7 @@ def refused(run: Run, folder: Path, *arguments: object) -> str:
 def test_the_commands_are_these(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("train", "evaluate", "replay", "verify", "recipe"):
+    for name in ("train", "evaluate", "replay", "verify", "plan", "recipe"):
         assert f"\n  {name} " in out
 
 

@@ -56,10 +56,17 @@ def test_a_folder_or_its_configuration_will_do(tmp_path: pathlib.Path) -> None:
         assert config_of(str(name)).num_hidden_layers == 36
 
 
+def test_a_slip_is_answered_without_a_network() -> None:
+    with pytest.raises(
+        RecipeError, match=r"no model opt-60b; did you mean opt-66b\? Expected one of opt-125m, .*qwen3"
+    ):
+        config_of("opt-60b")
+
+
 def test_an_unknown_name_is_answered_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RecipeError, match=r"opt-67b is no model.*expected one of opt-125m, .*qwen3-32b"):
-        config_of("opt-67b")
+    with pytest.raises(RecipeError, match=r"nobody/nothing is no model.*expected one of opt-125m, .*qwen3-32b"):
+        config_of("nobody/nothing")
 
 
 @pytest.mark.parametrize(

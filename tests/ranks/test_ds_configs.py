@@ -19,7 +19,7 @@ from tests.ranks.pool import Ranks
 
 FOLDER = pathlib.Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
-BF16 = {"zero3_bf16.json"}
+BF16 = {"zero3_bf16.json", "zero3_bf16_offload_cpu.json"}
 
 
 def read(name: str) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""The command line that runs a strategy."""
+
+import shlex
+from pathlib import Path
+
+from mezo_scale.planner.plan import Cluster
+from mezo_scale.planner.strategy import Strategy, Workload
+from mezo_scale.shapes import hub_name
+
+# By (storage, offload); those without a file do not train.
+_DS_CONFIGS = {
+    ("float32", None): "ds_configs/zero3.json",
+    ("float32", "cpu"): "ds_configs/zero3_offload_cpu.json",
+    ("bfloat16", None): "ds_configs/zero3_bf16.json",
+    ("bfloat16", "cpu"): "ds_configs/zero3_bf16_offload_cpu.json",
+}
+
+
+def overrides(model: str, strategy: Strategy, workload: Workload) -> list[str]:
+    """What a recipe has to say for this strategy, as `key=value`."""
+    stored = workload.stored(strategy)
+    name = str(Path(model).parent) if model.endswith("config.json") else hub_name(model)
+    found = [
+        f"model.name={name}",
+        f"model.dtype={stored}",
+        f"model.compute_dtype={workload.dtype if stored != workload.dtype else 'null'}",
+        f"sharding.strategy={strategy.name}",
+    ]
+    if strategy.name == "hsdp":
+        found.append(f"sharding.replicate={strategy.replicate}")
+    if strategy.name == "zero3":
+        found.append(f"sharding.ds_config={_DS_CONFIGS[stored, strategy.offload]}")
+    elif strategy.offload == "cpu":
+        found.append("sharding.cpu_offload=true")
+    if workload.branches > 2:
+        found.append(f"optimizer.num_directions={workload.branches // 2}")
+    return [*found, f"train.batch_size={workload.rows * strategy.gpus}"]
+
+
+def command(recipe: str, model: str, strategy: Strategy, workload: Workload, cluster: Cluster) -> str | None:
+    """The line that trains a recipe so; on several nodes the one that submits it to SLURM. None: there is none."""
+    if strategy.offload == "nvme":
+        return None
+    said = [recipe, *overrides(model, strategy, workload)]
+    if cluster.nodes > 1:
+        start = ["--start", "deepspeed"] if strategy.name == "zero3" else []
+        size = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.gpus_per_node)]
+        return shlex.join(["mezo-scale", "submit", *said, *size, *start])
+    if strategy.name == "zero3":
+        start = ["deepspeed", "--num_gpus", str(cluster.gpus), "--no_local_rank", "--module"]
+    else:
+        start = ["torchrun", "--standalone", "--nproc-per-node", str(cluster.gpus), "-m"]
+    return shlex.join([*start, "mezo_scale.cli", "train", *said])
