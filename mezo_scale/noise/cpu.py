@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -23,29 +25,40 @@ Runs = npt.NDArray[np.int64]
 
 
 @lru_cache(maxsize=1)
-def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
+def _pool(pid: int, helpers: int) -> ThreadPoolExecutor:
     """One pool for each process: a forked child inherits the object but none of its threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="mezo-noise")
+    return ThreadPoolExecutor(helpers, thread_name_prefix="mezo-noise")
 
 
 def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> None:
     """Call sweep(first run, begin, end) on parts of the runs laid end to end, begin and end counted from that run.
 
+    The calling thread works too, and whoever is free takes the next part: helpers that wake late, because torch's own
+    threads still spin after the last product or another process holds their core, are not waited for.
+
     draws: values generated for each element.
     """
     ends = np.cumsum(runs[:, 2])
-    total, threads = int(runs[:, 2].sum()), torch.get_num_threads()
+    total, threads = int(ends[-1]) if len(ends) else 0, torch.get_num_threads()
     if threads == 1 or total * draws < 2 * CHUNK:
         return sweep(0, 0, total)
-    # A few chunks for each thread, because another process may hold one of the cores.
-    size = max(CHUNK // draws, total // (4 * threads), 1)
+    size = max(CHUNK // draws, total // (8 * threads), 1)
     bounds = np.append(np.arange(0, total, size), total)
     first = np.searchsorted(ends, bounds[:-1], side="right")
     before = ends[first] - runs[first, 2]
-    pool = _pool(os.getpid(), threads)
-    parts = zip(first, bounds[:-1] - before, bounds[1:] - before, strict=True)
-    for future in [pool.submit(sweep, int(i), int(begin), int(end)) for i, begin, end in parts]:
-        future.result()
+    parts = deque(zip(first.tolist(), (bounds[:-1] - before).tolist(), (bounds[1:] - before).tolist(), strict=True))
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                sweep(*parts.popleft())
+
+    pool = _pool(os.getpid(), threads - 1)
+    helpers = [pool.submit(work) for _ in range(min(threads, len(parts)) - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
 
 
 def _raw(tensor: Tensor) -> npt.NDArray[np.uint16]:
