@@ -228,8 +228,9 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MezoError):
         return text
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or isinstance(error, MemoryError):
-        return f"out of memory: {text[:200]}"
+    on_cpu = "DefaultCPUAllocator" in text  # an ordinary RuntimeError there
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or on_cpu:
+        return f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2][:200]}"
     return f"{type(error).__name__}: {text[:200]}"
 
 

@@ -23,6 +23,7 @@ from mezo_scale.launcher import Launcher
 
 _GRACE_S = 5.0  # for the other ranks, after one has failed
 _POLL_S = 0.1
+RANK_PROGRAM = ("-m", "mezo_scale.bench.measure")
 _ENDED = "ended because another rank failed"
 # What a launcher leaves for its own processes; a rank of a cell is told everything anew.
 _INHERITED = ("TORCHELASTIC_", "ACCELERATE_", "PET_", "CROSS_")
@@ -87,7 +88,7 @@ class Ranks:
         name = f"cell{self._count}-rank{rank}-{os.getpid()}"
         request, outcome, log = (self._folder / f"{name}.{kind}" for kind in ("request", "json", "log"))
         request.write_text(json.dumps({"cell": cell.as_dict(), "rounds": rounds}), encoding="utf-8")
-        command = [sys.executable, "-m", "mezo_scale.bench.measure", str(request), str(outcome)]
+        command = [sys.executable, *RANK_PROGRAM, str(request), str(outcome)]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT

@@ -67,16 +67,20 @@ def run(
     if len(mine) < len(cells):
         say(f"{len(mine)} of {len(cells)} cells are left: the others have their row, or another world size")
     ranks = Ranks(launcher, store, out / "logs", timeout_s)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # on the way out the ranks are ended
+    # On the way out the ranks are ended.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.monotonic()
-    for number, cell in enumerate(mine):
-        say(f"[{number + 1}/{len(mine)}] {cell}")
-        row = _row(cell, ranks.run(cell, rounds))
-        if launcher.rank == 0:
-            _append(out, row)
-        each = (time.monotonic() - began) / (number + 1)
-        left = timedelta(seconds=round(each * (len(mine) - number - 1)))
-        say(f"    {summary(row)}{f'; about {left} left' if left else ''}")
+    try:
+        for number, cell in enumerate(mine):
+            say(f"[{number + 1}/{len(mine)}] {cell}")
+            row = _row(cell, ranks.run(cell, rounds))
+            if launcher.rank == 0:
+                _append(out, row)
+            each = (time.monotonic() - began) / (number + 1)
+            left = timedelta(seconds=round(each * (len(mine) - number - 1)))
+            say(f"    {summary(row)}{f'; about {left} left' if left else ''}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if store is not None:
         _leave_together(store, launcher)
     wanted = {cell.key for cell in cells}

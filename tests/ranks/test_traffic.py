@@ -1,33 +1,14 @@
 """What crosses between ranks in a step: each weight once, whatever the number of branches, and a few scalars."""
 
-import collections
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import mezo_scale as ms
+from mezo_scale.bench.counting import Traffic
 from tests.ranks import layouts, models
 from tests.ranks.pool import Ranks
 
 Counts = dict[str, list[int]]
-
-
-class Traffic(TorchDispatchMode):
-    """Every collective of the block: its operation, and the bytes of its tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counts = collections.defaultdict(list)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            # The first argument is what is filled: gathered weights, or the sums.
-            tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
-            self.calls[func.name()].append(sum(tensor.nbytes for tensor in tensors))
-        return func(*args, **kwargs or {})
 
 
 def traffic_of(layout: str, name: str, num_directions: int) -> tuple[Counts, Counts, int]:
@@ -44,7 +25,7 @@ def traffic_of(layout: str, name: str, num_directions: int) -> tuple[Counts, Cou
             optimizer.step(batch=batch, objective=objective)
     size = sum(parameter.nbytes for parameter in models.build(name).parameters())
     sharded.close()
-    return dict(bare.calls), dict(step.calls), size
+    return bare.calls, step.calls, size
 
 
 def gathers(calls: Counts) -> Counts:
