@@ -25,6 +25,7 @@ class Figures:
         gathered, planned_gathered: bytes that the step's all-gathers fill on a rank.
         reduced, planned_reduced: bytes of its all-reduces.
         scattered: bytes of its reduce-scatters.
+        waited: part of the time for which the rank with the least luck had no core to run on.
         gathers: how often each weight is gathered: against one bare forward.
     """
 
@@ -45,6 +46,7 @@ class Figures:
     planned_reduced: int | None
     scattered: int
     gathers: float
+    waited: float
     device: str
     device_type: str
     threads: int
@@ -79,6 +81,7 @@ def figures(row: dict[str, Any]) -> Figures:
         planned_reduced=planned_reduced,
         scattered=_bytes(moved, "reduce_scatter"),
         gathers=gathered / once if once else 0.0,
+        waited=row["waited"],
         device=row["device"],
         device_type=row["device_type"],
         threads=row["threads"],

@@ -48,6 +48,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
         peak_bytes, base_bytes: most memory during a step; what the process had before there was a model.
         stored_bytes: of the shards. parameters, layers: of the whole model.
         step_collectives, forward_collectives: see `counting.summed`; of one step, and of one bare forward.
+        waited: part of that time for which the process had work but no core: other programs had it.
         layer_bytes, gather_s: of a decoder layer as it is gathered; seconds of gathering that much. None on one rank.
     """
     memory = PeakMemory(world.device)
@@ -70,7 +71,9 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
     with Traffic() as whole:
         step()
     keep_freed_memory()
+    began, waited = time.perf_counter(), _waited_s()
     seconds = _interleave({"step_s": step, "forwards_s": lambda: (forward(), forward())}, rounds, world)
+    waited = (_waited_s() - waited) / (time.perf_counter() - began)
     count, layers, layer_bytes = _size(loaded.model, cell)
     return {
         **seconds,
@@ -78,6 +81,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
         "peak_bytes": peak,
         "base_bytes": base,
         "stored_bytes": sum(shard.local.nbytes for shard in shards(loaded.model)),
+        "waited": waited,
         "parameters": count,
         "layers": layers,
         "layer_bytes": layer_bytes,
@@ -216,6 +220,12 @@ def _device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _waited_s() -> float:
+    """Seconds so far that this thread was runnable and did not run; 0 where Linux does not say."""
+    path = Path("/proc/thread-self/schedstat")
+    return int(path.read_text().split()[1]) / 1e9 if path.exists() else 0.0
 
 
 def _wait(device: torch.device) -> None:

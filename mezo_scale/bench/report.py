@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mezo_scale.bench import plots
 from mezo_scale.bench.cell import Cell, short_name
 from mezo_scale.bench.figures import Figures, efficiency, figures, series
@@ -74,6 +76,7 @@ def _about(rows: Sequence[Row], everyone: Sequence[Figures]) -> Iterator[str]:
         )
     if any(one.device_type == "cpu" for one in everyone):
         most = max(one.cell.world_size for one in everyone)
+        waited = [one.waited for one in everyone]
         cores = min(one.cores for one in everyone)
         yield ""
         yield (
@@ -84,6 +87,11 @@ def _about(rows: Sequence[Row], everyone: Sequence[Figures]) -> Iterator[str]:
             f"{'more ranks than cores take turns; ' if most * max(one.threads for one in everyone) > cores else ''}"
             "GPUs and links have other ratios of compute to bandwidth. Memory is the resident set's peak during a step "
             "less what the process took before there was a model; the allocator's holes are in it."
+        )
+        yield ""
+        yield (
+            f"Other programs kept a rank from its core for {np.median(waited):.0%} of the time in the median cell, for "
+            f"{max(waited):.0%} at worst."
         )
     yield ""
 

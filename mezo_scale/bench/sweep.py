@@ -142,7 +142,7 @@ def _row(cell: Cell, outcome: Outcome) -> Row:
         **first,
         "step_s": [max(each) for each in zip(*(one["step_s"] for one in figures), strict=True)],
         "forwards_s": [max(each) for each in zip(*(one["forwards_s"] for one in figures), strict=True)],
-        **{name: max(one[name] for one in figures) for name in ("peak_bytes", "stored_bytes")},
+        **{name: max(one[name] for one in figures) for name in ("peak_bytes", "stored_bytes", "waited")},
         "base_bytes": max(figures, key=lambda one: one["peak_bytes"])["base_bytes"],
     }
 

@@ -30,7 +30,7 @@ FIGURES = """
 import json, sys
 asked = json.load(open(sys.argv[1]))
 json.dump({"figures": {"step_s": [asked["cell"]["rows"]] * asked["rounds"], "forwards_s": [1.0] * asked["rounds"],
-    "peak_bytes": 5, "base_bytes": 1, "stored_bytes": 2}}, open(sys.argv[2], "w"))
+    "peak_bytes": 5, "base_bytes": 1, "stored_bytes": 2, "waited": 0}}, open(sys.argv[2], "w"))
 """
 KILLED = "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
 HANGS = "import time\ntime.sleep(60)"
@@ -59,6 +59,7 @@ def row(strategy: str, world_size: int, rows: int, step_s: float, **rest: Any) -
         "peak_bytes": 3 << 30,
         "base_bytes": 1 << 30,
         "stored_bytes": 1 << 29,
+        "waited": 0.25,
         "parameters": 125_239_296,
         "layers": 12,
         "layer_bytes": 4 * 7_087_872,
@@ -186,6 +187,7 @@ def test_a_report_shows_measured_beside_planned_and_what_failed(tmp_path: Path) 
     assert "| random:opt-125m | fsdp2 | 2 | adamw | 1.60 (1.60 to 2.88) | 2.00 | 2.00 | — | 1.00 | 1 |" in text
     assert "| random:opt-125m, fsdp2, 1 rank, 8 x 16, adamw | out of memory: 9 |" in text
     assert "What 2 ranks on the 2 cores of one machine can show" in text
+    assert "Other programs kept a rank from its core for 25% of the time in the median cell" in text
     assert "**Projected, not measured on any cluster**" in text
     for name in ("scaling.png", "methods.png", "projection.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
