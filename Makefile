@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-launch check format bench-kernels clean
+.PHONY: help install demo test test-launch check format bench bench-kernels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,9 @@ check: install  ## lint, types and the direction of imports
 format: install  ## format and sort imports in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install  ## a first look at how steps scale here, beside their baselines; a few minutes on 2 cores
+	$(BIN)/mezo-scale bench --quick
 
 bench-kernels: install  ## time the noise kernels against torch on this machine
 	$(BIN)/python tools/kernel_bench.py

@@ -246,7 +246,9 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
     dtype: Annotated[str, typer.Option(help="What weights are stored in: float32, bfloat16 or float16.")] = "float32",
     compute_dtype: Annotated[str | None, typer.Option(help="bfloat16, or as stored.")] = None,
-    replicate: Annotated[int | None, typer.Option(min=2, help="Copies of the model under hsdp. Default: 2.")] = None,
+    replicate: Annotated[
+        int | None, typer.Option(min=2, help="Copies of the model under hsdp. Default: one per node, at least 2.")
+    ] = None,
     memory_cap: Annotated[float | None, typer.Option(metavar="GIB", help="Of each GPU, what a rank may take.")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="How often step and bare forwards take turns. Default: 7; 3 with --quick.")
@@ -257,7 +259,7 @@ def bench(
     project: Annotated[str, typer.Option(help="The shape whose projection to 64 devices is drawn.")] = "opt-66b",
     out: Annotated[
         Path, typer.Option(help="The folder of the rows and the report; its rows are not measured again.")
-    ] = Path("bench/report"),
+    ] = Path("runs/bench"),
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Measure cells again that have no figures.")
     ] = False,
@@ -290,7 +292,7 @@ def bench(
             tokens=tokens,
             dtype=dtype,
             compute_dtype=compute_dtype,
-            replicate=replicate,
+            replicate=replicate or max(2, found.world_size // found.local_world_size),
             memory_cap_gib=memory_cap,
         )
         cells = grid.cells()

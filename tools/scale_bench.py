@@ -32,7 +32,7 @@ def defaults(world_size: int, devices: int) -> dict[str, list[str]]:
         "--rows": ["16"] if world_size <= 16 else [str(world_size)],
         "--tokens": ["400"],
         "--dtype": ["bfloat16"],
-        "--out": ["bench/sweep"],
+        "--out": ["runs/bench"],
     }
 
 

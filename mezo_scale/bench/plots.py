@@ -53,19 +53,19 @@ def methods(compared: Sequence[tuple[Figures, Figures]], path: Path) -> None:
 
 
 def projection(points: Sequence[Point], model: str, about: str, path: Path) -> None:
-    """Seconds per step over devices, per network and layout."""
+    """Tokens per second over devices, per layout and network."""
     figure, axes = _pyplot().subplots(figsize=(7, 4.2), layout="constrained")
-    for network in dict.fromkeys(point.between_gbit_s for point in points):
-        for layout, style in (("fsdp2", "-o"), ("hsdp", "--s")):
-            line = [point for point in points if (point.between_gbit_s, point.layout) == (network, layout)]
-            where = "FSDP2 over all" if layout == "fsdp2" else f"HSDP, a copy per {GPUS_PER_NODE}, scalars between"
-            axes.plot(
-                [point.devices for point in line],
-                [point.tokens_s for point in line],
-                style,
-                color="tab:blue" if network == max(point.between_gbit_s for point in points) else "tab:orange",
-                label=f"{where}, {network:g} Gb/s",
-            )
+    lines: dict[tuple[tuple[int, float], ...], str] = {}  # one that does not depend on the network is drawn once
+    for layout, network in dict.fromkeys((point.layout, point.between_gbit_s) for point in points):
+        line = tuple(
+            (point.devices, point.tokens_s)
+            for point in points
+            if (point.layout, point.between_gbit_s) == (layout, network)
+        )
+        where = "FSDP2 over all" if layout == "fsdp2" else f"HSDP, a copy per {GPUS_PER_NODE}, scalars between"
+        lines[line] = f"{where}, either network" if line in lines else f"{where}, {network:g} Gb/s"
+    for line, label in lines.items():
+        axes.plot(*zip(*line, strict=True), "-o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks := sorted({point.devices for point in points}), ticks)

@@ -36,7 +36,7 @@ def refused(run: Run, folder: Path, *arguments: object) -> str:
 def test_the_commands_are_these(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("train", "evaluate", "replay", "verify", "plan", "recipe"):
+    for name in ("bench", "train", "evaluate", "replay", "verify", "plan", "recipe"):
         assert f"\n  {name} " in out
 
 
