@@ -61,7 +61,7 @@ def note(rows: list[sweep.Row], device: str) -> str:
     ]
     for row in rows:
         cell = Cell(**row["cell"])
-        name = short_name(cell.model).removeprefix("random:")
+        name = short_name(cell.model.removeprefix("random:"))
         cap = "all" if cell.memory_cap_gib is None else f"{cell.memory_cap_gib:.1f} GiB"
         paper = f"{PAPER_S[name]:.3f}" if cell.method != "adamw" and name in PAPER_S else "—"
         batch = f"{cell.rows} x {cell.tokens}"

@@ -10,6 +10,7 @@ anew from all rows. The models have random weights, so nothing is downloaded. `m
 option means; any of them replaces the one here.
 """
 
+import os
 import sys
 
 import torch
@@ -37,8 +38,6 @@ def defaults(world_size: int, devices: int) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    import os
-
     given = {argument.partition("=")[0] for argument in sys.argv[1:]}
     for option, values in defaults(detect(os.environ).world_size, torch.cuda.device_count()).items():
         if option not in given:

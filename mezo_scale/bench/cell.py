@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import means_disk
 
 STRATEGIES = ("single", "fsdp2", "hsdp", "zero3")
 METHODS = {
@@ -148,8 +149,9 @@ def quick(models: Sequence[str] = ()) -> list[Cell]:
 
 
 def short_name(model: str) -> str:
-    """A folder's or a hub name's last part."""
-    return model.rstrip("/").rpartition("/")[2]
+    """A hub name without its owner; of a folder the last two parts, for many are called "model"."""
+    parts = model.rstrip("/").split("/")
+    return "/".join(parts[-2:] if means_disk(model) else parts[-1:])
 
 
 def _check(option: str, found: Sequence[str], known: Sequence[str]) -> None:
