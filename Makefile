@@ -49,6 +49,7 @@ format: install  ## format and sort imports in place
 	$(BIN)/ruff format .
 
 bench: install  ## a first look at how steps scale here, beside their baselines; a few minutes on 2 cores
+	$(BIN)/python tools/prepare_demo.py
 	$(BIN)/mezo-scale bench --quick
 
 bench-kernels: install  ## time the noise kernels against torch on this machine
