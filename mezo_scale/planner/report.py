@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from transformers import PretrainedConfig
 
@@ -105,6 +106,9 @@ class Report:
             f"of {self.workload.tokens} tokens, {self.workload.branches} branches in {self.workload.dtype}\n"
             "GiB per device at the peak of a step; GiB received per rank and step; seconds are an estimate",
             title_style="",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
         table.add_column("strategy", no_wrap=True)
         table.add_column("stored in")
