@@ -94,7 +94,8 @@ def strategies(cluster: Cluster, workload: Workload) -> Iterator[Strategy]:
                     yield Strategy("hsdp", gpus // copies, copies, offload, master)
         if workload.dtype != "float16":  # there is no DeepSpeed configuration for it
             for offload in (None, "cpu", "nvme"):
-                if gpus > 1 or offload:
+                stored = "float32" if master else workload.dtype
+                if (gpus > 1 or offload) and (offload != "nvme" or stored == "float32"):
                     yield Strategy("zero3", gpus, 1, offload, master)
 
 

@@ -13,10 +13,11 @@ from mezo_scale.planner.traffic import traffic
 
 FORMULA = """\
 step = max(gather, compute) + update
-  gather  = max(bytes inside / inside, node's bytes between / between, bytes from host / pcie)
+  gather  = max(bytes inside / inside, node's bytes between / between, bytes from host / pcie, node's from disk / nvme)
   compute = (2 x layer parameters + 4 x layers x hidden x tokens) x branches x rows x tokens / compute
             + directions x parameters / noise
-  update  = directions x parameters on this rank / noise (cpu noise where the shards are offloaded)"""
+  update  = directions x parameters on this rank / noise (cpu noise where the shards are offloaded)
+            + 2 x node's bytes on disk / nvme"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Rates:
         inside_gb_s: into each device from others of its node, in an all-gather: NVLink 3.
         between_gbit_s: into each node from the others, shared by its devices.
         pcie_gb_s: from host memory to each device.
+        nvme_gb_s: from or to the disks of each node, shared by its devices.
         noise_g_s, cpu_noise_g_s: billions of normal numbers per second on a device, and on the CPU for each rank (one
             core measured 1.4 in float32, 0.8 in bfloat16; a GPU was not measured).
     """
@@ -36,6 +38,7 @@ class Rates:
     inside_gb_s: float = 200.0
     between_gbit_s: float = 100.0
     pcie_gb_s: float = 20.0
+    nvme_gb_s: float = 6.0
     noise_g_s: float = 50.0
     cpu_noise_g_s: float = 1.0
 
@@ -63,10 +66,13 @@ def seconds(
 ) -> float:
     """Estimated seconds per step, by `FORMULA`. Latencies, loading of data and evaluations are left out."""
     arch, moved = architecture(config), traffic(config, strategy, workload, gpus_per_node)
+    ranks = min(strategy.gpus, gpus_per_node)
+    disk = moved.host * ranks / (rates.nvme_gb_s * 1e9) if strategy.offload == "nvme" else 0.0
     gather = max(
         moved.inside_node / (rates.inside_gb_s * 1e9),
         moved.between_nodes * gpus_per_node / (rates.between_gbit_s * 1e9 / 8),
         moved.host / (rates.pcie_gb_s * 1e9),
+        disk,
     )
     layers = sum(unit.numel for unit in arch.units if unit.kind == "layer")
     per_token = 2 * layers + 4 * arch.layers * arch.hidden * workload.tokens
@@ -75,4 +81,4 @@ def seconds(
     compute = per_token * tokens / (rates.compute_tflops * 1e12) + directions * arch.numel / (rates.noise_g_s * 1e9)
     update_rate = rates.noise_g_s if strategy.offload is None else rates.cpu_noise_g_s
     update = directions * arch.numel / strategy.shard / (update_rate * 1e9)
-    return max(gather, compute) + update
+    return max(gather, compute) + update + 2 * disk  # read, changed, written

@@ -22,7 +22,7 @@ class Traffic:
             number of branches.
         inside_node, between_nodes: what of it comes from other ranks, over which links (a ring: of the ranks of a
             node, one receives from another node). Averages over the ranks of a node.
-        host: from host memory to the device, where the shards are offloaded.
+        host: from host memory, or from disk through it, to the device, where the shards are offloaded.
         scalars: the one all-reduce: the sum of losses of each branch, the row count and two digests of the last record.
     """
 
