@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -202,7 +203,8 @@ def plan(
     per_node = min(gpus, 8) if gpus_per_node is None else gpus_per_node
     cluster = Cluster(gpus, per_node, gpu_memory, headroom, host_memory)
     workload = Workload(rows, tokens, 2 * directions, dtype, positions)
-    report = Report.make(model, cluster, workload, Rates.parse(rate or ()), recipe, dry_run=dry_run)
+    tell = partial(typer.echo, err=True) if dry_run else None
+    report = Report.make(model, cluster, workload, Rates.parse(rate or ()), recipe, dry_run=tell)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:

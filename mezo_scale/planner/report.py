@@ -1,6 +1,6 @@
 """A plan, to be read by people and by scripts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,17 +38,27 @@ class Report:
 
     @classmethod
     def make(
-        cls, model: str, cluster: Cluster, workload: Workload, rates: Rates, recipe: str, *, dry_run: bool = False
+        cls,
+        model: str,
+        cluster: Cluster,
+        workload: Workload,
+        rates: Rates,
+        recipe: str,
+        *,
+        dry_run: Callable[[str], None] | None = None,
     ) -> "Report":
-        """The plan of a model by name; `dry_run` runs what fits dry, seconds to a minute each.
+        """The plan of a model by name. With `dry_run` what fits is run dry, seconds to a minute each, and `dry_run` is
+        told before each what is run.
 
         Raises:
             RecipeError, ModelError, ShardingError: no such model, or devices that can't be.
         """
         config = config_of(model)
         entries = plan(config, cluster, workload, rates)
-        if dry_run:
-            entries = [with_dry_run(config, entry, workload) if entry.fits else entry for entry in entries]
+        for number, entry in enumerate(entries if dry_run is not None else []):
+            if entry.fits and entry.strategy.name != "zero3" and entry.strategy.offload is None:
+                dry_run(f"dry run: {entry.strategy.layout}, stored in {workload.stored(entry.strategy)}")
+                entries[number] = with_dry_run(config, entry, workload)
         return cls(model, config, cluster, workload, rates, recipe, entries)
 
     @property
@@ -127,7 +137,7 @@ class Report:
                 _gib(memory.peak),
                 *(checked if dry else []),
                 *(_gib(getattr(memory, part)) for part in _PARTS),
-                f"{entry.host_gib:.0f}" if entry.host_gib else "",
+                _gib(entry.host_gib * GIB),
                 _gib(moved.inside_node),
                 _gib(moved.between_nodes),
                 f"{entry.seconds:.2f}",
