@@ -4,7 +4,6 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import PretrainedConfig
 
 from mezo_scale.errors import RecipeError, ShardingError
@@ -135,8 +134,8 @@ def with_dry_run(config: PretrainedConfig, entry: Entry, workload: Workload) -> 
         return entry
     try:
         dry, gathered = dry_run(config, entry.strategy, workload)
-    except DataDependentOutputException:
-        return replace(entry, note="no dry run: what this model runs depends on values, which there are none of")
+    except RuntimeError as error:  # an operation whose result's size depends on values, or that has no fake form
+        return replace(entry, note=f"no dry run ({' '.join(str(error).split())[:100]})")
     return replace(entry, dry=dry, dry_gathered=gathered)
 
 
