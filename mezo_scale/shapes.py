@@ -123,12 +123,13 @@ def config_of(name: str) -> PretrainedConfig:
 
     Args:
         name: one of `SHAPES`, or what it is called on the hub (no network is asked for those); a folder with a
-            config.json, or such a file; any other name on the hub.
+            config.json, or such a file; any other name on the hub. Before it may stand "random:", as in a recipe.
 
     Raises:
         RecipeError: there is no such model.
         ModelError: it is quantised, or no causal language model.
     """
+    name = name.removeprefix("random:")
     built_in = {shape.hub.lower(): shape for shape in SHAPES.values()} | SHAPES
     shape = built_in.get(name.lower())
     config = _read(name) if shape is None else shape.kind(**shape.fields)

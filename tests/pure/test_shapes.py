@@ -46,6 +46,7 @@ def test_a_shape_has_the_parameters_of_the_published_model(name: str) -> None:
 
 def test_a_model_may_be_called_as_on_the_hub() -> None:
     assert config_of("facebook/opt-66b").to_dict() == config_of("OPT-66B").to_dict()
+    assert config_of("random:opt-66b").to_dict() == config_of("opt-66b").to_dict()
     assert hub_name("OPT-66B") == "facebook/opt-66b"
     assert hub_name("somebody/else") == "somebody/else"
 
