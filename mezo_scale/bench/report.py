@@ -36,7 +36,8 @@ def write(rows: Sequence[Row], out: Path, model: str = "opt-66b") -> Path:
         plots.scaling(everyone, out / "scaling.png")
         plots.methods(compared, out / "methods.png")
         _write_csv(everyone, out / "cells.csv")
-    lines = ["# Scale-up benchmark", "", *_about(rows, everyone)]
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    lines = ["# Scale-up benchmark", "", f"    {command}", "", *_about(rows, everyone)]
     if everyone:
         lines += ["## Scaling", *_scaling(everyone)]
         lines += ["## Methods side by side", *_methods(compared)]
@@ -45,7 +46,7 @@ def write(rows: Sequence[Row], out: Path, model: str = "opt-66b") -> Path:
         lines += ["## Cells without figures", "", *_table(("cell", "reason"), [(str(c), why) for c, why in failed])]
     lines += [f"## Projected: {short_name(model)} on 1 to 64 devices", *_projection(points, about, said, asdict(rates))]
     tree = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "rows": list(rows),
         "figures": [asdict(one) for one in everyone],
         "projection": {"model": model, "workload": asdict(PROJECTED), "rates": asdict(rates), "measured": said}
