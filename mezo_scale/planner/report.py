@@ -112,8 +112,8 @@ class Report:
         gpus, nodes = self.cluster.gpus, self.cluster.nodes
         table = Table(
             title=f"{self.model}: {architecture(self.config).numel / 1e9:.3g} B parameters on {gpus} x "
-            f"{self.cluster.memory_gib:g} GiB ({nodes} node{'s' * (nodes > 1)}), per device {self.workload.rows} rows "
-            f"of {self.workload.tokens} tokens, {self.workload.branches} branches in {self.workload.dtype}\n"
+            f"{self.cluster.memory_gib:g} GiB ({nodes} node{'s' * (nodes > 1)}), per device {self.workload.rows} x "
+            f"{self.workload.tokens} tokens, {self.workload.branches} branches in {self.workload.dtype}\n"
             "GiB per device at the peak of a step; GiB received per rank and step; seconds are an estimate",
             title_style="",
             title_justify="left",
