@@ -1,6 +1,7 @@
 """Checkpoints: what transformers and DeepSpeed read and write, checked on the way in and whole on the way out.
 
-Only safetensors are read, and no code that comes with a model is run.
+Only safetensors are read, and no code that comes with a model is run. ``random:SHAPE`` names a model that nobody has to
+download: random weights of a published shape, for rehearsals and measurements.
 """
 
 import shutil
@@ -12,14 +13,20 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from mezo_scale import collectives
+from mezo_scale import collectives, noise
 from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.recipe import means_disk
+from mezo_scale.shapes import config_of
+from mezo_scale.sharding import discover
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+RANDOM = "random:"
+_SEED = 2**64 - 1  # of random weights; the steps' seeds are hashes
 
 
 def find(name: str) -> Any:
@@ -29,6 +36,8 @@ def find(name: str) -> Any:
         RecipeError: there is no such model.
         ModelError: it is quantised, or no causal language model.
     """
+    if name.startswith(RANDOM):
+        return config_of(name.removeprefix(RANDOM))
     if means_disk(name) and not Path(name).is_dir():
         raise RecipeError(f"model.name: there is no folder {name}; expected a Hugging Face checkpoint")
     try:
@@ -47,7 +56,9 @@ def find(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer. Raises ModelError if it can't be read."""
+    """The model's tokenizer; of random weights: bytes. Raises ModelError if it can't be read."""
+    if name.startswith(RANDOM):
+        return ByT5Tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything here
@@ -63,6 +74,10 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
     Raises:
         ModelError: it can't be read, or lacks weights (transformers would make them up).
     """
+    if name.startswith(RANDOM):
+        model = AutoModelForCausalLM.from_config(find(name), dtype=dtype)
+        randomise_(model)
+        return model.eval()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
@@ -76,6 +91,21 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
             f"{missing[0]} for one: give a complete one"
         )
     return model.eval()
+
+
+def randomise_(model: nn.Module) -> None:
+    """Fills the shards of a model, in any layout, with the same random weights: normal matrices, plain norms.
+
+    The weights are the project's own noise, so each rank makes its part and no rank ever holds the whole.
+    """
+    layout = discover(model)
+    deviation = float(getattr(model.config, "initializer_range", 0.02))
+    for shard in layout.shards:
+        with shard.storage() as local:
+            local.fill_(0.0 if shard.decayed or shard.name.endswith("bias") else 1.0)
+            if shard.decayed:
+                noise.write_(local, shard.runs, shard.param_id, [[_SEED]], [[deviation]], [1.0])
+    layout.refresh()
 
 
 def write(model: nn.Module, tokenizer: Any, directory: Path) -> None:

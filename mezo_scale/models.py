@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -146,11 +147,12 @@ def _load_fsdp2(
 ) -> nn.Module:
     replicate, shard = mesh_shape(sharding, world)
     offload = sharding.cpu_offload and world.device.type != "cpu"
+    if section.name.startswith(checkpoints.RANDOM):
+        return _random_fsdp2(section.name, (replicate, shard), dtype, compute_dtype, world, offload)
     distributed = _sharded_loading(replicate, shard, section, sharding)
     if distributed is None:
         model = checkpoints.read(section.name, dtype)
-        mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        shard_fsdp2(model, mesh if replicate > 1 else mesh["shard"], compute_dtype, offload=offload)
+        shard_fsdp2(model, _mesh((replicate, shard), world), compute_dtype, offload=offload)
         return model if offload else model.to(world.device)
     source = checkpoints.read(section.name, dtype, distributed_config=distributed)
     with torch.device("meta"):
@@ -158,6 +160,33 @@ def _load_fsdp2(
     model.generation_config = source.generation_config
     shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)
     _adopt(model, source)
+    return model
+
+
+def _mesh(shape: tuple[int, int], world: World) -> DeviceMesh:
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh if shape[0] > 1 else mesh["shard"]
+
+
+def _random_fsdp2(
+    name: str,
+    mesh_shape: tuple[int, int],
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    world: World,
+    offload: bool,
+) -> nn.Module:
+    """Random weights, made where they stay: no rank and no host ever holds more than its shards."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(checkpoints.find(name), dtype=dtype)
+    shard_fsdp2(model, _mesh(mesh_shape, world), compute_dtype, offload=offload)
+    buffers = {name: buffer.to(world.device) for name, buffer in model.named_buffers()}
+    model.to_empty(device="cpu" if offload else world.device)
+    for name, buffer in buffers.items():  # computed from the configuration, and emptied with the rest
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = buffer
+    model.tie_weights()
+    checkpoints.randomise_(model)
     return model
 
 

@@ -38,7 +38,10 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model that is tuned."""
 
-    name: str = Field(description="A folder with a Hugging Face checkpoint (safetensors), or a name on the hub.")
+    name: str = Field(
+        description="A folder with a Hugging Face checkpoint (safetensors), a name on the hub, or random:SHAPE, as in "
+        "random:opt-66b: random weights of a published shape, to rehearse with."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="What the weights are stored in. float32 is the master that loses no small update; the 16-bit "

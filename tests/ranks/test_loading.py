@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from mezo_scale import checkpoints, models
 from mezo_scale.data import Encoded, collate
+from mezo_scale.errors import RecipeError
 from mezo_scale.evaluation import Evaluation, evaluate
 from mezo_scale.objectives import candidate_scores
 from mezo_scale.recipe import Recipe, parse
 from mezo_scale.sharding import shards
+from mezo_scale.sharding.fingerprint import local_hash
 from mezo_scale.world import SharedError, World
 from tests.app import material
 from tests.ranks.pool import Ranks
@@ -137,8 +139,6 @@ def test_an_evaluation_counts_every_example_once_on_any_number_of_ranks(ranks: R
 
 
 def refusals(on_rank: int) -> str:
-    from mezo_scale.errors import RecipeError
-
     try:
         with world().together():
             if dist.get_rank() == on_rank:
@@ -171,3 +171,33 @@ def test_the_mesh_divides_the_processes_or_says_what_would() -> None:
         "sharding.replicate is 3, but WORLD_SIZE is 8, which 3 does not divide: set sharding.replicate to 1 or 2 or 4 "
         "or 8, or start 9 processes"
     )
+
+
+def random_weights(name: str, strategy: str) -> tuple[int, float, int]:
+    """This rank's part of the weights' hash, the sum of the scores, and the stored elements."""
+    wanted = recipe(name, strategy)
+    models.check(wanted, world())
+    loaded = models.load(wanted, world())
+    with torch.no_grad():
+        score = candidate_scores(loaded.model, collate(EXAMPLES, pad_id=0))
+    held = shards(loaded.model)
+    return local_hash(held), float(score.sum()), sum(shard.local_numel for shard in held)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize(("strategy", "world_size"), [("fsdp2", 2), ("hsdp", 4), ("zero3", 2)])
+def test_random_weights_are_the_same_in_every_layout(
+    ranks: Ranks, tmp_path: Path, name: str, strategy: str, world_size: int
+) -> None:
+    shape = f"random:{material.write_model(name, tmp_path / 'model')}"
+    ((whole, score, count),) = ranks(1, random_weights, name=shape, strategy="single")
+    parts = ranks(world_size, random_weights, name=shape, strategy=strategy)
+    assert sum(part[0] for part in parts) % 2**64 == whole % 2**64
+    assert [found for _, found, _ in parts] == pytest.approx([score] * world_size, rel=1e-4)
+    copies = 2 if strategy == "hsdp" else 1
+    assert sum(stored for _, _, stored in parts) == copies * count
+
+
+def test_random_weights_of_no_known_shape() -> None:
+    with pytest.raises(RecipeError, match="no model opt-9b"):
+        models.check(recipe("random:opt-9b", "fsdp2"), World(0, 0, 1, 1, torch.device("cpu")))
