@@ -269,3 +269,23 @@ def test_tokens_sorted_by_expert_are_not_taken_for_rows() -> None:
     two, three = pairing.Size(4, False, True), pairing.Size(6, False, False)  # as 2 : 3, but block 3 is not block 1
     assert pairing._classify([{"x": two}], [{"x": three}]) == {"x": pairing.MIXED}
     assert pairing._classify([{"x": two}], [{"x": pairing.Size(6, False, True)}]) == {"x": pairing.BATCHED}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_normalisation_in_16_bits_feels_perturbations_below_its_spacing(dtype: torch.dtype, paired: bool) -> None:
+    norm = nn.LayerNorm(64).to(dtype)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    branches = [(4, 1e-4), (4, -1e-4)]  # the numbers next to 1 are 0.001 or more away
+    found = []
+    for group in [branches] if paired else [[branch] for branch in branches]:
+        with ms.perturbed(norm, group):
+            found += norm(torch.cat([x] * len(group))).chunk(len(group))
+    for (seed, scale), result in zip(branches, found, strict=True):
+        weight, bias = (
+            parameter.float() + scale * ms.noise.normal(seed, ms.noise.param_id(name), 0, 64)
+            for name, parameter in norm.named_parameters()
+        )
+        assert result.dtype == dtype
+        assert torch.equal(result, F.layer_norm(x.float(), (64,), weight, bias).to(dtype))
+    assert not torch.equal(found[0], found[1])

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import pathlib
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -139,15 +140,34 @@ def repeated(batch: models.Batch, times: int) -> models.Batch:
 
 
 def perturb_(copy: nn.Module, plain: nn.Module, dtype: torch.dtype, branch: tuple[int, float] | None) -> None:
-    """Give `copy` the weights of `plain`, as `dtype`, moved by scale * z in float32 and rounded to `dtype`."""
+    """Give `copy` the weights of `plain`, as `dtype`, moved by scale * z in float32 and rounded to `dtype`.
+
+    The weights that normalise are not rounded again: their modules compute in float32 if they are perturbed.
+    """
+    normalising = {
+        id(parameter): module
+        for module in copy.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+    for module in normalising.values():
+        module.__dict__.pop("forward", None)
     with torch.no_grad():
         for (name, target), source in zip(copy.named_parameters(), plain.parameters(), strict=True):
             weight = source.to(dtype)
             if branch is not None and source.requires_grad:
                 seed, scale = branch
                 moved = torch.tensor(scale, dtype=torch.float32) * noise(seed, name, source)
-                weight = (weight.float() + moved).to(dtype)
+                module = normalising.get(id(target))
+                weight = (weight.float() + moved).to(dtype if module is None else torch.float32)
+                if module is not None:
+                    module.__dict__["forward"] = partial(in_float32, module)
             target.data = weight.clone()
+
+
+def in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = type(module).forward(module, x.float())
+    return result.to(x.dtype)
 
 
 def write_(plain: nn.Module, record: ms.StepRecord) -> None:
