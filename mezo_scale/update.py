@@ -45,7 +45,9 @@ class Writer:
         self.rounding = rounding
         self.distribution = distribution
         self.remainders = {
-            shard.name: torch.zeros_like(shard.local, dtype=torch.int16)
+            shard.name: torch.zeros(
+                shard.local.shape, dtype=torch.int16, device="cpu" if shard.paged else shard.local.device
+            )
             for shard in layout.shards
             if rounding == "master" and shard.local.dtype == torch.bfloat16
         }
@@ -65,16 +67,17 @@ class Writer:
     def _write_(self, shard: Shard, records: Sequence[StepRecord]) -> None:
         group = self.groups.get(shard.name, 0)
         decays = [record.decays[group] if shard.decayed else 1.0 for record in records]
-        noise.write_(
-            shard.local,
-            shard.runs,
-            shard.param_id,
-            np.array([record.seeds for record in records], dtype=np.uint64),
-            np.array([record.alphas_of(group) for record in records], dtype=np.float32),
-            np.array(decays, dtype=np.float32),
-            remainder=self.remainders.get(shard.name),
-            rounding="stochastic"
-            if self.rounding == "stochastic" and shard.local.dtype != torch.float32
-            else "nearest",
-            distribution=self.distribution,
-        )
+        with shard.storage() as local:
+            noise.write_(
+                local,
+                shard.runs,
+                shard.param_id,
+                np.array([record.seeds for record in records], dtype=np.uint64),
+                np.array([record.alphas_of(group) for record in records], dtype=np.float32),
+                np.array(decays, dtype=np.float32),
+                remainder=self.remainders.get(shard.name),
+                rounding="stochastic"
+                if self.rounding == "stochastic" and shard.local.dtype != torch.float32
+                else "nearest",
+                distribution=self.distribution,
+            )

@@ -67,9 +67,10 @@ def discover(model: nn.Module) -> Layout:
             if identity not in found:
                 name = prefix + attr
                 local, runs, replica = stored
-                _check_storage(name, local)
+                paged = zero3.paged(param)
+                _check_storage(name, local, paged is not None)
                 found[identity] = Shard(
-                    name, noise.param_id(name), shape, local, runs, replica, is_decayed(module, attr)
+                    name, noise.param_id(name), shape, local, runs, replica, is_decayed(module, attr), paged
                 )
             sites.append(Site(module, attr, found[identity].name, found[identity].param_id))
     if not found:
@@ -103,8 +104,8 @@ def _stored(name: str, param: nn.Parameter) -> tuple[tuple[int, ...], tuple[torc
     )
 
 
-def _check_storage(name: str, local: torch.Tensor) -> None:
-    if local.is_meta:
+def _check_storage(name: str, local: torch.Tensor, paged: bool) -> None:
+    if local.is_meta and not paged:
         raise ModelError(f"{name} is on the meta device and has no values: load or initialise the model first")
     if local.dtype not in DTYPES:
         raise ModelError(

@@ -28,7 +28,11 @@ def local_hash(shards: Sequence[Shard]) -> int:
 
 
 def _hash(shard: Shard) -> int:
-    bits = shard.local.detach().view(_BITS[shard.local.dtype])
+    with shard.storage() as local:
+        return _hash_elements(shard, local.view(_BITS[local.dtype]))
+
+
+def _hash_elements(shard: Shard, bits: torch.Tensor) -> int:
     salt = (shard.param_id + 2**63) % 2**64 - 2**63
     total = 0
     for offset, start, length in shard.runs.tolist():

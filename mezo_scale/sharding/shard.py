@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,12 @@ class Shard:
         name: canonical name, as the plain, unwrapped model's ``named_parameters()`` has it; a tied weight has one.
         param_id: the noise's 64-bit key of that name.
         shape: the whole parameter's shape.
-        local: what is stored here: 1-D, contiguous, the layout's own storage (writing it writes the model).
+        local: what is stored here: 1-D, contiguous, the layout's own storage (writing it writes the model). On the meta
+            device if it lies on disk between forwards: `storage` brings it into memory.
         runs: which global elements it holds; see `Runs`.
         replica: 0 on the ranks that together hold each element exactly once; other copies count up from 1.
         decayed: whether weight decay applies: not to biases and the weights of normalisation modules.
+        paged: for a shard on disk, opens it in memory and keeps what was written to it.
     """
 
     name: str
@@ -36,6 +39,11 @@ class Shard:
     runs: Runs
     replica: int
     decayed: bool
+    paged: Callable[[], AbstractContextManager[torch.Tensor]] | None = None
+
+    def storage(self) -> AbstractContextManager[torch.Tensor]:
+        """`local` in memory, to read and to write inside the context."""
+        return nullcontext(self.local) if self.paged is None else self.paged()
 
     @property
     def numel(self) -> int:

@@ -6,6 +6,9 @@ DeepSpeed itself is not imported: its parameters carry what is needed (``ds_tens
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +26,6 @@ def owns(param: torch.Tensor) -> bool:
 def local(param: Any) -> tuple[torch.Tensor, Runs, int]:
     """Local storage (1-D), its runs, the replica's number."""
     stored = param.ds_tensor
-    if getattr(stored, "final_location", None) == "nvme":
-        raise ShardingError(
-            "ZeRO-3 keeps parameters on NVMe, where their partitions are not in memory between forwards: "
-            'set "offload_param" to {"device": "cpu"} or leave it out'
-        )
     if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ShardingError(
             f"ZeRO-3 stores a parameter as {stored.dtype} (quantised weights): switch the quantisation off"
@@ -37,7 +35,33 @@ def local(param: Any) -> tuple[torch.Tensor, Runs, int]:
     start = rank * size
     ranks = dist.get_process_group_ranks(param.ds_process_group)
     replica = dist.get_rank() // len(ranks)
-    return stored.detach(), run(0, start, min(size, int(param.ds_numel) - start)), replica
+    runs = run(0, start, min(size, int(param.ds_numel) - start))
+    if _is_on_disk(param):
+        return torch.empty(size, dtype=stored.dtype, device="meta"), runs, replica
+    return stored.detach(), runs, replica
+
+
+def paged(param: Any) -> Callable[[], AbstractContextManager[torch.Tensor]] | None:
+    """How to open a partition that lies on NVMe between forwards; None for whatever is in memory."""
+    return partial(_open, param, keep=True) if owns(param) and _is_on_disk(param) else None
+
+
+def _is_on_disk(param: Any) -> bool:
+    return getattr(param.ds_tensor, "final_location", None) == "nvme"
+
+
+@contextmanager
+def _open(param: Any, keep: bool) -> Iterator[torch.Tensor]:
+    """A partition in one of the swapper's own buffers; afterwards written back (keep), and released."""
+    swapper = param.nvme_swapper
+    swapper.synchronize_reads()  # what DeepSpeed fetched ahead may be this one
+    if param.ds_tensor.status.name == "NOT_AVAILABLE":
+        swapper.swap_in([param], async_op=False)
+    yield param.ds_tensor.detach()
+    if keep:
+        swapper.swap_out_and_release([param])
+    else:
+        swapper.remove_partition_and_release_buffers([param])
 
 
 def refresh(model: nn.Module) -> None:
@@ -59,13 +83,21 @@ def refresh(model: nn.Module) -> None:
 def _gather(params: list[Any], group: Any) -> None:
     for dtype in dict.fromkeys(param.ds_tensor.dtype for param in params):
         members = [param for param in params if param.ds_tensor.dtype == dtype]
-        mine = torch.cat([param.ds_tensor.detach().to(param.data.device).view(-1) for param in members])
+        mine = torch.cat([_in_memory(param) for param in members])
         everyone = mine.new_empty(dist.get_world_size(group) * mine.numel())  # flat, as gloo asks
         dist.all_gather_into_tensor(everyone, mine, group=group)
         everyone = everyone.view(-1, mine.numel())
         start = 0
         for param in members:
-            size = param.ds_tensor.numel()
+            size = int(param.ds_tensor.ds_numel)
             whole = everyone[:, start : start + size].reshape(-1)[: param.ds_numel]
             param.data.copy_(whole.view(param.ds_shape))
             start += size
+
+
+def _in_memory(param: Any) -> torch.Tensor:
+    """The partition on the device where the parameter is gathered."""
+    if not _is_on_disk(param):
+        return param.ds_tensor.detach().to(param.data.device).view(-1)  # type: ignore[no-any-return]
+    with _open(param, keep=False) as stored:
+        return stored.to(param.data.device, copy=True).view(-1)
