@@ -7,10 +7,11 @@ from mezo_scale.planner.plan import Cluster
 from mezo_scale.planner.strategy import Strategy, Workload
 from mezo_scale.shapes import hub_name
 
-# By (storage, offload); those without a file do not train.
+# By (storage, offload).
 _DS_CONFIGS = {
     ("float32", None): "ds_configs/zero3.json",
     ("float32", "cpu"): "ds_configs/zero3_offload_cpu.json",
+    ("float32", "nvme"): "ds_configs/zero3_offload_nvme.json",
     ("bfloat16", None): "ds_configs/zero3_bf16.json",
     ("bfloat16", "cpu"): "ds_configs/zero3_bf16_offload_cpu.json",
 }
@@ -37,10 +38,8 @@ def overrides(model: str, strategy: Strategy, workload: Workload) -> list[str]:
     return [*found, f"train.batch_size={workload.rows * strategy.gpus}"]
 
 
-def command(recipe: str, model: str, strategy: Strategy, workload: Workload, cluster: Cluster) -> str | None:
-    """The line that trains a recipe so; on several nodes the one that submits it to SLURM. None: there is none."""
-    if strategy.offload == "nvme":
-        return None
+def command(recipe: str, model: str, strategy: Strategy, workload: Workload, cluster: Cluster) -> str:
+    """The line that trains a recipe so; on several nodes the one that submits it to SLURM."""
     said = [recipe, *overrides(model, strategy, workload)]
     if cluster.nodes > 1:
         start = ["--start", "deepspeed"] if strategy.name == "zero3" else []

@@ -12,7 +12,6 @@ from mezo_scale.planner.rates import Rates, seconds
 from mezo_scale.planner.strategy import GIB, Strategy, Workload
 from mezo_scale.planner.traffic import Traffic, traffic
 
-NVME = "for evaluation only: an update can't write weights that lie on disk"
 _SIMPLEST = ("single", "fsdp2", "hsdp", "zero3")
 _MANY = 4096  # devices, beyond which nobody is sent
 
@@ -159,7 +158,7 @@ def _entry(config: PretrainedConfig, strategy: Strategy, cluster: Cluster, workl
     moved = traffic(config, strategy, workload, cluster.gpus_per_node)
     time = seconds(config, strategy, workload, rates, cluster.gpus_per_node)
     host = needed.host * min(cluster.gpus, cluster.gpus_per_node) / GIB if strategy.offload == "cpu" else 0.0
-    note = NVME if strategy.offload == "nvme" else ""
+    note = ""
     if strategy.offload == "cpu" and cluster.host_gib is not None and host > cluster.host_gib:
         note = f"takes {host:.0f} GiB of each node's memory, which has {cluster.host_gib:g}"
     fits = needed.peak <= cluster.usable_gib * GIB and not note

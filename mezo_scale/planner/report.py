@@ -65,7 +65,7 @@ class Report:
     def choice(self) -> Entry | None:
         return recommended(list(self.entries))
 
-    def command(self, entry: Entry) -> str | None:
+    def command(self, entry: Entry) -> str:
         return command(self.recipe, self.model, entry.strategy, self.workload, self.cluster)
 
     def as_json(self) -> dict[str, Any]:

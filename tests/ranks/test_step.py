@@ -100,9 +100,7 @@ def test_a_continued_run_is_the_run(ranks: Ranks, tmp_path: pathlib.Path, layout
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_a_run_taken_up_by_another_layout_has_the_same_bits(
-    ranks: Ranks, tmp_path: pathlib.Path
-) -> None:
+def test_a_run_taken_up_by_another_layout_has_the_same_bits(ranks: Ranks, tmp_path: pathlib.Path) -> None:
     ranks(2, steps_until, folder=tmp_path, layout="fsdp2", steps=3)
     _, first = ranks(3, steps_until, folder=tmp_path, layout="zero3", steps=3)[0]
     _, second = ranks(1, steps_until, folder=tmp_path, layout="plain", steps=3)[0]
