@@ -150,8 +150,14 @@ def view_by_torch(weight: Tensor, pair: Tensor) -> None:
 
 
 def scaling(count: int, rounds: int, threads: int) -> Iterator[Figure]:
-    """The same write on one thread and on all."""
+    """The same write on one thread and on all; and a sine by torch, for what this machine's cores give together."""
     runs, seeds = np.array([[0, 0, count]]), np.zeros((1, 1), np.uint64)
+    angles, sines = torch.randn(count), torch.empty(count)
+
+    def sine(threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.sin(angles, out=sines)
+
     for name, dtype in DTYPES.items():
         weight = torch.randn(count).to(dtype)
 
@@ -159,11 +165,18 @@ def scaling(count: int, rounds: int, threads: int) -> Iterator[Figure]:
             torch.set_num_threads(threads)
             noise.write_(weight, runs, PARAM_ID, seeds, np.full((1, 1), 1e-7), np.ones(1))
 
-        one, all_of_them = "write, 1 thread", f"write, {threads} threads"
         seconds = interleave(
-            {one: partial(write, 1), all_of_them: partial(write, threads)}, rounds, torch.device("cpu")
+            {
+                f"{what}, {n} threads": partial(run, n)
+                for what, run in (("write", write), ("sine", sine))
+                for n in (1, threads)
+            },
+            rounds,
+            torch.device("cpu"),
         )
-        yield figure(seconds, all_of_them, one, name, f"{count} elements")
+        for what in ("write", "sine"):
+            used = name if what == "write" else "float32"
+            yield figure(seconds, f"{what}, {threads} threads", f"{what}, 1 threads", used, f"{count} elements")
 
 
 def last_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@
 survival: `--steps` updates of slope +-10 on a real weight matrix and on a real normalisation weight, by storage; the
     share of the update that arrives is the projection of what was written on what float64 would have written.
 norms: the slope along normalisation weights alone, measured in bfloat16, against the same slope in float32.
-curve: the loss of a real model before and after tuning, by storage; forwards compute in bfloat16 (float16 in its own).
+curve: the loss of a real model before and after tuning, by storage; every forward computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -120,11 +120,10 @@ def curve(folder: str, batches: list[dict[str, Tensor]], held: dict[str, Tensor]
         if storage == "float16 stochastic":
             continue
         model = _load(folder, dtype)
-        compute = torch.bfloat16 if dtype == torch.float32 else None
-        opt = ms.MeZO(model, lr=lr, eps=4e-3, rounding=rounding, dtype=compute)
+        opt = ms.MeZO(model, lr=lr, eps=4e-3, rounding=rounding, dtype=torch.bfloat16)
 
-        def objective(model: nn.Module, batch: dict[str, Tensor], compute: torch.dtype | None = compute) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=compute is not None):
+        def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
                 return candidate_loss(model, batch)
 
         losses = []
