@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from mezo_scale.planner.plan import Cluster
+from mezo_scale.planner.plan import NVME_CONFIG, Cluster
 from mezo_scale.planner.strategy import Strategy, Workload
 from mezo_scale.shapes import hub_name
 
@@ -11,7 +11,7 @@ from mezo_scale.shapes import hub_name
 _DS_CONFIGS = {
     ("float32", None): "ds_configs/zero3.json",
     ("float32", "cpu"): "ds_configs/zero3_offload_cpu.json",
-    ("float32", "nvme"): "ds_configs/zero3_offload_nvme.json",
+    ("float32", "nvme"): NVME_CONFIG,
     ("bfloat16", None): "ds_configs/zero3_bf16.json",
     ("bfloat16", "cpu"): "ds_configs/zero3_bf16_offload_cpu.json",
 }

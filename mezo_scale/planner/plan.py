@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig
 
 from mezo_scale.errors import RecipeError, ShardingError
-from mezo_scale.planner.memory import Memory, memory
+from mezo_scale.planner.architecture import architecture
+from mezo_scale.planner.memory import Memory, memory, shard_numel
 from mezo_scale.planner.rates import Rates, seconds
 from mezo_scale.planner.strategy import GIB, Strategy, Workload
 from mezo_scale.planner.traffic import Traffic, traffic
 
+NVME_CONFIG, NVME_BUFFER = "ds_configs/zero3_offload_nvme.json", 100_000_000  # elements: its buffer_size
 _SIMPLEST = ("single", "fsdp2", "hsdp", "zero3")
 _MANY = 4096  # devices, beyond which nobody is sent
 
@@ -108,15 +110,15 @@ def plan(
 
 
 def recommended(entries: list[Entry]) -> Entry | None:
-    """The one to take: float32 masters before 16 bits (which lose small updates), devices before host memory, then the
-    fastest, then the least traffic, then the simplest. None if nothing fits."""
+    """The one to take: float32 masters before 16 bits (which lose small updates), devices before host memory before
+    disks, then the fastest, then the least traffic, then the simplest. None if nothing fits."""
     fitting = [entry for entry in entries if entry.fits]
     masters = any(entry.strategy.master for entry in entries)
     return min(
         fitting,
         key=lambda entry: (
             masters and not entry.strategy.master,
-            entry.strategy.offload is not None,
+            (None, "cpu", "nvme").index(entry.strategy.offload),
             round(entry.seconds, 3),
             entry.traffic.gathered,
             _SIMPLEST.index(entry.strategy.name),
@@ -161,5 +163,10 @@ def _entry(config: PretrainedConfig, strategy: Strategy, cluster: Cluster, workl
     note = ""
     if strategy.offload == "cpu" and cluster.host_gib is not None and host > cluster.host_gib:
         note = f"takes {host:.0f} GiB of each node's memory, which has {cluster.host_gib:g}"
+    if strategy.offload == "nvme":
+        shapes = (shape for unit in architecture(config).units for shape in unit.shapes)
+        largest = max(shard_numel((shape,), strategy) for shape in shapes)
+        if largest > NVME_BUFFER:
+            note = f"its largest shard, {largest / 1e6:.0f} M elements, does not fit the buffers of {NVME_CONFIG}"
     fits = needed.peak <= cluster.usable_gib * GIB and not note
     return Entry(strategy, needed, moved, time, fits, host, note)

@@ -26,6 +26,7 @@ from mezo_scale.planner import (
     traffic,
 )
 from mezo_scale.planner.dry_run import dry_run
+from mezo_scale.planner.plan import NVME_BUFFER, NVME_CONFIG
 from mezo_scale.shapes import config_of
 from mezo_scale.world import World
 
@@ -189,11 +190,19 @@ def test_one_small_device_is_told_to_offload_and_how_many_would_do_without() -> 
 
 
 def test_host_memory_that_is_too_small_is_said() -> None:
-    enough, short = report(1, 40, host_gib=256), report(1, 40, host_gib=64)
+    enough, short = report(8, 40, host_gib=256), report(8, 40, host_gib=64)
     assert enough.choice is not None
     assert short.choice is not None
     assert (enough.choice.strategy.offload, short.choice.strategy.offload) == ("cpu", "nvme")
     assert any("takes 245 GiB of each node's memory, which has 64" in line for line in short.lines())
+
+
+def test_a_shard_that_is_larger_than_the_buffers_of_the_disk_is_said() -> None:
+    (entry,) = [entry for entry in report(1, 40).entries if entry.strategy.offload == "nvme"]
+    assert not entry.fits
+    assert "463 M elements, does not fit the buffers of ds_configs/zero3_offload_nvme.json" in entry.note
+    config = json.loads((pathlib.Path(models.__file__).parents[1] / NVME_CONFIG).read_text())
+    assert config["zero_optimization"]["offload_param"]["buffer_size"] == NVME_BUFFER
 
 
 def test_16_bits_are_recommended_only_where_no_master_fits() -> None:
