@@ -1,6 +1,8 @@
 """`MeZO` as an optimizer on one device: its record, its arithmetic, its safety, its place among torch's optimizers."""
 
+import gc
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -293,3 +295,21 @@ def test_biases_and_normalisation_weights_are_exempt_from_decay_by_type() -> Non
     exempt = {shard.name for shard in discover(model).shards if not shard.decayed}
     right = {n for n, p in model.named_parameters() if p.dim() == 1}
     assert exempt == right
+
+
+def test_a_thousand_steps_take_no_more_memory_than_twenty() -> None:
+    optimizer = ms.MeZO(models.build("llama"), lr=1e-6)
+
+    def steps(count: int) -> tuple[int, int]:
+        """After them: live tensors, and the bytes that this process holds."""
+        for _ in range(count):
+            optimizer.step(batch=BATCH, objective=LOSS)
+        gc.collect()
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return sum(isinstance(it, torch.Tensor) for it in gc.get_objects()), pages * os.sysconf("SC_PAGE_SIZE")
+
+    steps(20)
+    tensors, held = steps(20)
+    after = steps(1000)
+    assert after[0] == tensors
+    assert after[1] - held < 2**21
