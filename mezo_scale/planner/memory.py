@@ -82,8 +82,7 @@ def gathered_dtype(kind: str, strategy: Strategy, workload: Workload) -> str:
 
 def _moments(arch: Architecture, strategy: Strategy, workload: Workload, tall: int) -> Iterator[tuple[int, int, int]]:
     """(gathered, activations, logits) at each moment that may be the peak of a forward pass of `tall` rows."""
-    inside = {unit.kind: _inside(arch, strategy, workload, tall, unit.kind) for unit in arch.units}
-    inside |= {"last": _inside(arch, strategy, workload, tall, "last")}
+    inside = {kind: _inside(arch, strategy, workload, tall, kind) for kind in ("root", "table", "layer", "last")}
     if strategy.name == "single":
         yield 0, *inside["layer"]
         yield 0, *inside["last"]
