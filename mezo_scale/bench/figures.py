@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mezo_scale.bench.cell import Cell
+from mezo_scale.errors import RecipeError
 from mezo_scale.planner import GIB, Strategy, Workload, memory, traffic
 from mezo_scale.shapes import config_of
 
@@ -92,10 +93,14 @@ def figures(row: dict[str, Any]) -> Figures:
 
 @lru_cache
 def planned(cell: Cell) -> tuple[int | None, int | None, int | None]:
-    """(peak bytes, bytes gathered, bytes all-reduced) by the planner's formulas; None for a baseline."""
+    """(peak bytes, bytes gathered, bytes all-reduced) by the planner's formulas; None for a baseline and for a model
+    that is not there."""
     if cell.method != "mezo":
         return None, None, None
-    config = config_of(cell.model.removeprefix("random:"))
+    try:
+        config = config_of(cell.model.removeprefix("random:"))
+    except RecipeError:  # rows outlive the folder that they were measured on
+        return None, None, None
     copies = {"single": cell.world_size, "hsdp": cell.replicate or 1}.get(cell.strategy, 1)
     master = cell.dtype == "float32" and cell.compute_dtype is not None
     strategy = Strategy(cell.strategy, cell.world_size // copies, copies, None, master)

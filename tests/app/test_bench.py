@@ -176,6 +176,7 @@ def test_the_plan_beside_a_cell_is_that_of_its_layout() -> None:
     assert peak is not None
     assert weights < peak < 2 * weights
     assert planned(Cell("random:opt-125m", "fsdp2", 2, 2, 16, "adamw")) == (None, None, None)
+    assert planned(Cell("./gone", "fsdp2", 2, 2, 16)) == (None, None, None)
 
 
 def test_a_report_shows_measured_beside_planned_and_what_failed(tmp_path: Path) -> None:
