@@ -97,13 +97,10 @@ def load(recipe: Recipe, world: World) -> Loaded:
     if sharding.strategy in ("fsdp2", "hsdp"):
         model = _load_fsdp2(section, sharding, dtype, compute_dtype, world)
     else:
-        model = (
-            _load_zero3(recipe)
-            if sharding.strategy == "zero3"
-            else checkpoints.read(section.name, dtype).to(world.device)
-        )
+        model = _load_zero3(recipe) if sharding.strategy == "zero3" else _load_single(section.name, dtype, world)
         if compute_dtype is not None and compute_dtype != dtype:
-            compute = partial(torch.autocast, world.device.type, compute_dtype)
+            # Its cache would keep a 16-bit copy of every weight that runs unperturbed, until the forward is over.
+            compute = partial(torch.autocast, world.device.type, compute_dtype, cache_enabled=False)
     scratch_dtype = None if compute is nullcontext else compute_dtype
     return Loaded(model.eval(), checkpoints.load_tokenizer(section.name), world.device, compute, scratch_dtype)
 
@@ -136,6 +133,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
                 f"{recipe.model.dtype}: make them agree"
             )
     return config
+
+
+def _load_single(name: str, dtype: torch.dtype, world: World) -> nn.Module:
+    # Random weights are made where they stay: the host may not have room for them.
+    with world.device if name.startswith(checkpoints.RANDOM) else nullcontext():
+        return checkpoints.read(name, dtype).to(world.device)
 
 
 def _load_fsdp2(

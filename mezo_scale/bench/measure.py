@@ -12,7 +12,6 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -59,9 +58,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
     _compile_kernels(cell, world.device)
     _import_model(cell)
     base = memory.now()
-    # Random weights of a model that is not sharded are made where they stay: the host may not have room for them.
-    with world.device if cell.strategy == "single" and cell.model.startswith("random:") else nullcontext():
-        loaded = models.load(_recipe(cell), world)
+    loaded = models.load(_recipe(cell), world)
     step, forward = _contenders(cell, loaded, world)
     for _ in range(WARM_UP):
         loss = step()

@@ -208,6 +208,8 @@ class View:
 
     def _with(self, weights: dict[Site, Tensor], module: nn.Module, original: Forward, args: Any, kwargs: Any) -> Any:
         """A module's forward with other weights in their place; in float32 if it normalises in 16 bits."""
+        if type(module) is nn.Linear and len(args) == 1 and not kwargs:
+            args = (args[0].contiguous(),)  # torch copies the weight for each row of an input that is not
         wide = _is_wide(module) and any(is_half(getattr(site.module, site.attr)) for site in weights)
         with shadowed(weights):
             return in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
