@@ -9,7 +9,8 @@ head=${1:?$usage}
 : "${2:?$usage}" "${NNODES:?$usage}"
 shift
 port=${PORT:-29500} timeout=${JOIN_TIMEOUT_S:-300}
-fail() { echo "$(hostname): $*" >&2; exit 1; }
+# It lingers, for srun --kill-on-bad-exit drops what has not reached it when the first task ends.
+fail() { echo "$(hostname): $*" >&2; sleep 1; exit 1; }
 
 address=$(getent ahosts "$head" | awk 'NR == 1 { print $1 }') || fail "the name of the head node, $head, does not resolve"
 answers() { timeout 5 bash -c ": < /dev/tcp/$address/$port" 2>/dev/null; }

@@ -306,7 +306,7 @@ def test_a_thousand_steps_take_no_more_memory_than_twenty() -> None:
             optimizer.step(batch=BATCH, objective=LOSS)
         gc.collect()
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-        return sum(isinstance(it, torch.Tensor) for it in gc.get_objects()), pages * os.sysconf("SC_PAGE_SIZE")
+        return sum(issubclass(type(it), torch.Tensor) for it in gc.get_objects()), pages * os.sysconf("SC_PAGE_SIZE")
 
     steps(20)
     tensors, held = steps(20)
