@@ -140,10 +140,10 @@ def quick(models: Sequence[str] = ()) -> list[Cell]:
     demo = Path(".demo") / "model"
     found = []
     for model in models or ([str(demo)] if (demo / "config.json").is_file() else ["random:smollm2-135m"]):
-        one, two = (replace(Cell(model, "fsdp2", 1, rows=4, tokens=32), world_size=ranks) for ranks in (1, 2))
+        one, two = (replace(Cell(model, "fsdp2", 1, rows=4, tokens=16), world_size=ranks) for ranks in (1, 2))
         alone = replace(one, strategy="single")
         found += [alone, replace(alone, method="published"), one]
-        found += [two, replace(two, rows=8), replace(two, num_directions=4)]
+        found += [two, replace(two, rows=8)]
         found += [replace(two, method="naive"), replace(two, method="adamw"), replace(two, strategy="zero3")]
     return found
 

@@ -34,7 +34,6 @@ from mezo_scale.shapes import config_of
 from mezo_scale.sharding import shards
 from mezo_scale.world import World, joined
 
-WARM_UP = 3  # steps: the first checks the pairing, and ZeRO-3 learns the order of modules from the first runs
 _BASELINES = Path("tools") / "baselines.py"
 
 Step = Callable[[], float]
@@ -60,7 +59,8 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
     base = memory.now()
     loaded = models.load(_recipe(cell), world)
     step, forward = _contenders(cell, loaded, world)
-    for _ in range(WARM_UP):
+    # The first step checks the pairing; ZeRO-3 learns the order of modules from the first three.
+    for _ in range(3 if cell.strategy == "zero3" else 1):
         loss = step()
     memory.reset()
     step()
