@@ -52,8 +52,9 @@ bench: install  ## a first look at how steps scale here, beside their baselines;
 	$(BIN)/python tools/prepare_demo.py
 	$(BIN)/mezo-scale bench --quick
 
-bench-kernels: install  ## time the noise kernels against torch on this machine
-	$(BIN)/python tools/kernel_bench.py
+bench-kernels: install  ## time the noise kernels against torch on this machine, and a step against two forwards
+	$(BIN)/python tools/prepare_demo.py
+	$(BIN)/python tools/kernel_bench.py --model .demo/model
 
 clean:  ## remove .venv, the demo's files and every cache
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
