@@ -37,7 +37,7 @@ test: install  ## run every test
 	$(BIN)/python -m pytest
 
 test-launch: install  ## the real launchers, on a SLURM cluster that is set up for it as well (root, Debian)
-	MEZO_TEST_SLURM=1 $(BIN)/python -m pytest tests/launch tests/slurm
+	MEZO_TEST_SLURM=1 $(BIN)/python -m pytest -m 'launch or slurm'
 
 check: install  ## lint, types and the direction of imports
 	$(BIN)/ruff check .

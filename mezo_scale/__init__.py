@@ -6,9 +6,9 @@ loss = opt.step(batch=batch, objective=per_row_losses)
 
 from mezo_scale import noise
 from mezo_scale.errors import MezoError
-from mezo_scale.optimizer import MeZO
+from mezo_scale.optim.mezo import MeZO
+from mezo_scale.optim.replay import replay
 from mezo_scale.perturbation import View, perturbed
-from mezo_scale.replay import replay
 from mezo_scale.sharding import Shard, shards
 from mezo_scale.trajectory import StepRecord, Trajectory
 

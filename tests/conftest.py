@@ -1,8 +1,13 @@
-"""For every lane: one thread each, so that tests and their workers do not fight over the cores; no surprises in CI."""
+"""For every test: one thread, so that tests and their workers do not fight over the cores; no surprises in CI.
+
+Lanes are markers, and which one a test is in follows from the fixture that it asks for: `ranks` (a process group),
+`launch` (real launchers as subprocesses), `slurm` (a real SLURM cluster), `real` (pretrained weights).
+"""
 
 import os
 
 import hypothesis
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -11,3 +16,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No deadlines: on a busy machine they measure the machine. CI tries the same examples every time.
 hypothesis.settings.register_profile("project", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("project")
+
+pytest_plugins = ("tests.support.fixtures", "tests.support.launch", "tests.support.cluster")
+
+LANES = {"ranks": "ranks", "launch": "launch", "cluster": "slurm", "demo": "real"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    why = None
+    if not os.environ.get("MEZO_TEST_SLURM"):
+        why = "sets up a SLURM cluster, with packages and network namespaces: make test-launch"
+    elif os.geteuid() != 0:
+        why = "network namespaces need root"
+    for item in items:
+        for name in {LANES[name] for name in getattr(item, "fixturenames", ()) if name in LANES}:
+            item.add_marker(name)
+            if name == "slurm" and why:
+                item.add_marker(pytest.mark.skip(reason=why))

@@ -22,7 +22,7 @@ import torch
 from mezo_scale.bench import report, sweep
 from mezo_scale.bench.cell import Cell, short_name
 from mezo_scale.bench.figures import Figures, figures
-from mezo_scale.launcher import Launcher
+from mezo_scale.distributed.launcher import Launcher
 
 A100_GIB = 80e9 / 2**30
 MODELS = ["random:opt-1.3b", "random:opt-13b", "random:opt-30b", "random:opt-66b"]

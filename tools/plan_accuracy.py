@@ -61,9 +61,9 @@ def main() -> None:
 
 
 def dry_runs() -> Iterator[Row]:
+    from mezo_scale.models.shapes import config_of
     from mezo_scale.planner import Strategy, Workload, memory, traffic
     from mezo_scale.planner.dry_run import dry_run
-    from mezo_scale.shapes import config_of
 
     for model in DRY_MODELS:
         for ranks in DRY_RANKS:
@@ -90,8 +90,8 @@ def measurements() -> Iterator[Row]:
 
 def measured(model: str, ranks: int, master: bool, rows: int, tokens: int) -> Row:
     """A measured cell: its ranks in processes of their own."""
+    from mezo_scale.models.shapes import config_of
     from mezo_scale.planner import Strategy, Workload, memory
-    from mezo_scale.shapes import config_of
 
     strategy = Strategy("single" if ranks == 1 else "fsdp2", ranks, master=master)
     plan = memory(config_of(model), strategy, Workload(rows, tokens))
@@ -127,8 +127,8 @@ def rank(rank: int, ranks: int, name: str, master: bool, rows: int, tokens: int,
 
     import mezo_scale as ms
     from mezo_scale.models import shard_fsdp2
-    from mezo_scale.objectives import candidates_loss
-    from mezo_scale.shapes import config_of, skeleton
+    from mezo_scale.models.shapes import config_of, skeleton
+    from mezo_scale.tasks.objectives import candidates_loss
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.FileStore(f"{folder}/store", ranks))

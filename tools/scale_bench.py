@@ -16,7 +16,7 @@ import sys
 import torch
 
 from mezo_scale.cli import main
-from mezo_scale.launcher import detect
+from mezo_scale.distributed.launcher import detect
 
 MODELS = ["random:opt-1.3b", "random:opt-13b", "random:opt-30b", "random:opt-66b"]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from mezo_scale.bench.cell import Cell
 from mezo_scale.errors import RecipeError
+from mezo_scale.models.shapes import config_of
 from mezo_scale.planner import GIB, Strategy, Workload, memory, traffic
-from mezo_scale.shapes import config_of
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from mezo_scale import models, noise, recipe
 from mezo_scale.bench.cell import Cell
 from mezo_scale.bench.counting import Traffic, summed
 from mezo_scale.bench.memory import PeakMemory, keep_freed_memory
+from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import MezoError, RecipeError
-from mezo_scale.objectives import candidates_loss
-from mezo_scale.optimizer import MeZO
-from mezo_scale.shapes import config_of
+from mezo_scale.models.shapes import config_of
+from mezo_scale.optim.mezo import MeZO
 from mezo_scale.sharding import shards
-from mezo_scale.world import World, joined
+from mezo_scale.tasks.objectives import candidates_loss
 
 _BASELINES = Path("tools") / "baselines.py"
 

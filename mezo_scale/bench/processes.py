@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mezo_scale.bench.cell import Cell
-from mezo_scale.launcher import Launcher
+from mezo_scale.distributed.launcher import Launcher
 
 _GRACE_S = 5.0  # for the other ranks, after one has failed
 _POLL_S = 0.1

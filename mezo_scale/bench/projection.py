@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from mezo_scale.models.shapes import config_of
 from mezo_scale.planner import GIB, Rates, Strategy, Workload, memory, seconds, traffic
 from mezo_scale.planner.strategy import BYTES
-from mezo_scale.shapes import config_of
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 GPUS_PER_NODE = 8

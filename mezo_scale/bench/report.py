@@ -16,7 +16,7 @@ from mezo_scale.bench.cell import Cell, short_name
 from mezo_scale.bench.figures import Figures, efficiency, figures, series
 from mezo_scale.bench.projection import DEVICE_GIB, GPUS_PER_NODE, Point, measured_rates, project
 from mezo_scale.planner import FORMULA, Workload
-from mezo_scale.run_directory import replace_file
+from mezo_scale.runs.directory import replace_file
 
 Row = dict[str, Any]
 PROJECTED = Workload(rows=4, tokens=400, dtype="bfloat16")

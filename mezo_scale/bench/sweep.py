@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from mezo_scale import roll_call
 from mezo_scale.bench.cell import Cell
 from mezo_scale.bench.processes import Outcome, Ranks
+from mezo_scale.distributed import preflight
+from mezo_scale.distributed.launcher import Launcher
 from mezo_scale.errors import LaunchError, RecipeError
-from mezo_scale.launcher import Launcher
-from mezo_scale.shapes import config_of
+from mezo_scale.models.shapes import config_of
 
 ROWS = "rows.jsonl"
 
@@ -61,7 +61,7 @@ def run(
                 f"{', '.join(map(str, sizes))}: start that many, or give --world-size {launcher.world_size}"
             )
         mine = [cell for cell in mine if cell.world_size == launcher.world_size]
-        store = roll_call.meet(launcher)
+        store = preflight.meet(launcher)
         # Rank 0's folder decides: the others may not see it.
         mine = [Cell(**cell) for cell in _agreed(store, launcher, [cell.as_dict() for cell in mine])]
     if len(mine) < len(cells):

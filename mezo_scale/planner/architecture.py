@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from mezo_scale.shapes import skeleton
+from mezo_scale.models.shapes import skeleton
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -3,9 +3,9 @@
 import shlex
 from pathlib import Path
 
+from mezo_scale.models.shapes import hub_name
 from mezo_scale.planner.plan import NVME_CONFIG, Cluster
 from mezo_scale.planner.strategy import Strategy, Workload
-from mezo_scale.shapes import hub_name
 
 # By (storage, offload).
 _DS_CONFIGS = {

@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mezo_scale import models
 from mezo_scale.errors import ShardingError
-from mezo_scale.estimator import Estimator
-from mezo_scale.objectives import candidates_loss
+from mezo_scale.optim.losses import Estimator
+from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.planner.memory import Memory
 from mezo_scale.planner.strategy import BYTES, Strategy, Workload
+from mezo_scale.tasks.objectives import candidates_loss
 from mezo_scale.trajectory import StepRecord
-from mezo_scale.update import Writer
 
 SHARDS, GATHERED, SCRATCH, LOGITS, ACTIVATIONS = "shards", "gathered", "scratch", "logits", "activations"
 

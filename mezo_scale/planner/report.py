@@ -8,13 +8,13 @@ from rich import box
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from mezo_scale.models.shapes import config_of
 from mezo_scale.planner.architecture import architecture
 from mezo_scale.planner.command import command
 from mezo_scale.planner.memory import Memory
 from mezo_scale.planner.plan import Cluster, Entry, devices_needed, plan, recommended, with_dry_run
 from mezo_scale.planner.rates import FORMULA, Rates
 from mezo_scale.planner.strategy import GIB, Workload
-from mezo_scale.shapes import config_of
 
 _PARTS = ("shards", "master", "gathered", "scratch", "activations", "logits")
 

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks import sentiment
-from mezo_scale.tasks.example import Example, Splits, permutation, split
+from mezo_scale.tasks.example import Example, Splits, split
 
-__all__ = ["Example", "Splits", "TASKS", "load", "permutation", "split"]
+__all__ = ["Example", "Splits", "TASKS", "load", "split"]
 
 TASKS: Mapping[str, Callable[[TaskSection], Splits]] = MappingProxyType({"sentiment": sentiment.load})
 

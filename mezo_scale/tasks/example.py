@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mezo_scale.errors import RecipeError
+from mezo_scale.tasks.order import permutation
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,6 @@ class Splits:
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
-
-
-def permutation(seed: int, stream: int, count: int) -> np.ndarray:
-    """A permutation of range(count), int64, as a pure function of its arguments.
-
-    Sorts the raw words of Philox, which NumPy promises to keep (unlike its `permutation`).
-    """
-    return np.argsort(np.random.Philox(key=[seed, stream]).random_raw(count), kind="stable")
 
 
 def split(examples: Sequence[Example], train: int, dev: int, test: int, seed: int) -> Splits:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mezo_scale.trajectory import Trajectory
-from tests.slurm.conftest import ROOT, Cluster
+from tests.support.cluster import ROOT, Cluster
 
 LONG = "train.steps=250"  # long enough to be stopped on the way
 STOP_AT = 40

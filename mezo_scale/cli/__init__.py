@@ -1,0 +1,27 @@
+"""The command line. Each command parses and calls one function; a MezoError becomes one line and exit code 2."""
+
+import sys
+
+from mezo_scale.cli import bench, evaluate, plan, recipe, replay, status, submit, train, verify  # noqa: F401  registers
+from mezo_scale.cli.app import app
+from mezo_scale.cli.arguments import is_first_rank
+from mezo_scale.errors import MezoError, SharedError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0, 2 for what the user can mend, 130 for an interrupt; a bug keeps its traceback."""
+    try:
+        app()
+    except MezoError as error:
+        if is_first_rank() or not _is_shared(error):
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _is_shared(error: MezoError) -> bool:
+    """Whether rank 0 has the same error to print: a recipe is the same for all, and the world says so of the rest."""
+    return "mezo_scale.distributed.world" not in sys.modules or isinstance(error, SharedError)

@@ -1,0 +1,40 @@
+"""`mezo-scale evaluate`"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from mezo_scale import recipe as recipes
+from mezo_scale.cli.app import app
+from mezo_scale.cli.arguments import Overrides, Processes, Source, Until, is_first_rank, launch
+
+
+class Split(StrEnum):
+    """A part of a task's data."""
+
+    train = "train"
+    dev = "dev"
+    test = "test"
+
+
+@app.command()
+def evaluate(
+    recipe: Source,
+    overrides: Overrides = None,
+    split: Annotated[Split, typer.Option(help="Which part of the data.")] = Split.test,
+    until: Until = None,
+    processes: Processes = None,
+) -> None:
+    """Accuracy of a recipe's model, or of a run's after its last step (or --until another)."""
+    parsed = recipes.load(recipe, overrides or ())
+    launch(processes)
+    from mezo_scale.runs.evaluate import evaluate_recipe
+
+    found, steps = evaluate_recipe(parsed, split.value, until)
+    if is_first_rank():
+        low, high = found.interval
+        typer.echo(
+            f"{parsed.model.name} after {steps} steps: accuracy on {split.value} {found.accuracy:.1%} "
+            f"(95% interval {low:.1%} to {high:.1%}), loss {found.loss:.4f}, {found.count} examples"
+        )

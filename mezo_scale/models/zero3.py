@@ -1,0 +1,61 @@
+"""DeepSpeed ZeRO-3: its configuration, checked, and a model that its own loader reads partitioned."""
+
+import json
+import logging
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.models import checkpoints
+from mezo_scale.recipe import Recipe
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration that the recipe names, looked up here and beside the package. Raises RecipeError."""
+    named = Path(recipe.sharding.ds_config)
+    installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale"
+    places = [named, Path(__file__).parents[2] / named, installed / named]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise RecipeError(f"sharding.ds_config: there is no file {named}; expected a DeepSpeed configuration (JSON)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"sharding.ds_config: {path} is not JSON ({error})") from None
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise RecipeError(
+            f"sharding.ds_config: {path} has zero_optimization.stage {stage}, expected 3: the lower stages shard "
+            "gradients and optimizer state, which MeZO has none of, and leave every rank the whole model"
+        )
+    if "optimizer" in config:
+        raise RecipeError(f"sharding.ds_config: {path} has an optimizer, but MeZO is the optimizer: take it out")
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = bool(config.get(key, {}).get("enabled", False))
+        if enabled != (recipe.model.dtype == dtype):
+            raise RecipeError(
+                f"sharding.ds_config: {path} has {key}.enabled {str(enabled).lower()}, but model.dtype is "
+                f"{recipe.model.dtype}: make them agree"
+            )
+    return config
+
+
+def load_zero3(recipe: Recipe) -> nn.Module:
+    """A checkpoint, partitioned; every rank calls it. Raises ModelError as `checkpoints.read` does."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its first use compiles for a minute, and gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    config = deepspeed_config(recipe)
+    alive = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions what it reads
+    model = checkpoints.read(recipe.model.name, getattr(torch, recipe.model.dtype))
+    del alive
+    engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
+    return engine.module

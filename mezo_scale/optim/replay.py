@@ -1,0 +1,104 @@
+"""From a base model and a trajectory to the tuned weights: what resuming, joining late and publishing a run have in
+common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from mezo_scale import collectives, noise
+from mezo_scale.errors import TrajectoryError
+from mezo_scale.optim.update import Writer
+from mezo_scale.sharding import Shard, discover
+from mezo_scale.sharding.fingerprint import local_hash
+from mezo_scale.trajectory import Header, Trajectory
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+_CHUNK = 32  # steps per sweep: between two of them progress is shown
+
+
+def replay(
+    model: nn.Module,
+    trajectory: str | os.PathLike[str] | Trajectory,
+    until: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """Bring a base model's weights to where a run left them; bit-identical in every layout and world size.
+
+    Args:
+        model: the run's base model, in the dtype it was trained in, sharded in any way.
+        trajectory: the run's, or the path of its file (read by rank 0 only).
+        until: apply the steps before this one; None: all.
+        progress: called with (steps done, steps in all) every few steps.
+
+    Returns:
+        The number of steps applied.
+
+    Raises:
+        TrajectoryError: damaged, or of another model, other base weights or another noise version.
+    """
+    if not isinstance(trajectory, Trajectory):
+        trajectory = load(trajectory)
+    header = trajectory.header
+    layout = discover(model)
+    groups = {name: group for name, _, _, group, _ in header.manifest}
+    writer = Writer(layout, groups, rounding=header.rounding, distribution=header.distribution)
+    header.check_same(
+        describe(writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory"
+    )
+    if until is not None and not 0 <= until <= len(trajectory):
+        raise TrajectoryError(
+            f"until is {until}, but the trajectory has {len(trajectory)} steps: expected 0 to {len(trajectory)}"
+        )
+    return apply_all_(writer, trajectory, len(trajectory) if until is None else until, progress)
+
+
+def load(path: str | os.PathLike[str]) -> Trajectory:
+    """A trajectory's file, read by rank 0 and handed to all."""
+    if not collectives.is_distributed():
+        return Trajectory.open(path)
+    data = None
+    if collectives.rank() == 0 and Path(path).is_file():
+        data = Path(path).read_bytes()
+    data = collectives.broadcast_bytes(data)
+    if not data:
+        raise TrajectoryError(f"{path} can't be read on rank 0, or is empty: give the path of a trajectory")
+    return Trajectory.parse(data, str(path))
+
+
+def apply_all_(writer: Writer, trajectory: Trajectory, until: int, progress: Progress | None) -> int:
+    """The first ``until`` records, a chunk at a time."""
+    for start in range(0, until, _CHUNK):
+        stop = min(start + _CHUNK, until)
+        writer.apply_(trajectory.records[start:stop])
+        if progress is not None:
+            progress(stop, until)
+    return until
+
+
+def describe(writer: Writer, num_directions: int, num_groups: int, seed: int, eps: float) -> Header:
+    """The header of a trajectory that starts from the weights as they are now. All ranks must call it."""
+    shards = writer.layout.shards
+    (total,) = collectives.sum_integers([local_hash(shards)])
+    return Header(
+        noise_version=noise.VERSION,
+        fingerprint=f"{total % 2**64:016x}",
+        manifest=[_entry(shard, writer.groups.get(shard.name, 0)) for shard in shards],
+        num_directions=num_directions,
+        num_groups=num_groups,
+        distribution=writer.distribution,
+        rounding=writer.rounding,
+        seed=seed,
+        eps=eps,
+    )
+
+
+def _entry(shard: Shard, group: int) -> list[object]:
+    dtype = str(shard.local.dtype).removeprefix("torch.")
+    return [shard.name, list(shard.shape), dtype, group, shard.decayed]

@@ -1,0 +1,8 @@
+"""Whether a name that a recipe gives is a path or a name on the hub."""
+
+from pathlib import Path
+
+
+def means_disk(name: str) -> bool:
+    """Whether a name of a model or of data can only be a path: hub names are `name` or `owner/name`."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".csv")

@@ -1,0 +1,104 @@
+"""From a YAML file and `key=value` overrides to a checked recipe; whatever is wrong is said in one line."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe.tree import RECIPE_FILE, Recipe, options
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, or the one in a run directory, which then is its own `output.dir`.
+
+    `overrides` are `section.field=value`, the value in YAML; a field's bare name will do where it is the only one.
+
+    Raises:
+        RecipeError: in one line, for whatever is wrong with the file, a key or a value.
+    """
+    source = Path(source)
+    path = source / RECIPE_FILE if source.is_dir() else source
+    if not path.is_file():
+        found = f"the folder {source} holds no {RECIPE_FILE}" if source.is_dir() else f"there is no file {source}"
+        raise RecipeError(f"{found}: give a recipe (YAML) or the directory of a run")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {_describe(tree)}, expected sections ({', '.join(Recipe.model_fields)})")
+    for override in overrides:
+        _override(tree, override)
+    recipe = parse(tree, str(path))
+    directory = str(source) if source.is_dir() else recipe.output.dir or str(Path("runs") / path.stem)
+    return recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": directory})})
+
+
+def parse(tree: dict[str, Any], origin: str = "the recipe") -> Recipe:
+    """Checks a tree of plain values. Raises RecipeError, in one line that names the key."""
+    try:
+        # A section whose fields are all commented out is read as null.
+        return Recipe.model_validate({key: {} if value is None else value for key, value in tree.items()})
+    except ValidationError as error:
+        # A misspelt key explains the one that is missing.
+        first, *others = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+        more = f" (and {len(others)} more)" if others else ""
+        raise RecipeError(f"{origin}: {_explain(first)}{more}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"found {override!r} after the recipe, expected key=value")
+    known = [option.key for option in options()]
+    if "." not in key:
+        matches = [name for name in known if name.endswith(f".{key}")]
+        if len(matches) > 1:
+            raise RecipeError(f"{key}= could be {' or '.join(matches)}: write the one you mean in full")
+        key = matches[0] if matches else key
+    if key not in known:
+        raise RecipeError(f"{override}: unknown key {key}{_did_you_mean(key, known)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"{override}: {text!r} is not a YAML value; quote it for YAML and for the shell") from None
+    section, name = key.split(".")
+    if tree.get(section) is None:
+        tree[section] = {}
+    if isinstance(tree[section], dict):  # otherwise the check of the whole says what is wrong
+        tree[section][name] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = [*Recipe.model_fields] if len(error["loc"]) == 1 else []
+        return f"unknown key {key}{_did_you_mean(key, [*known, *(option.key for option in options())])}"
+    if error["type"] == "missing":
+        return f"{key} is missing: it has no default"
+    if error["type"] == "model_type":
+        return f"{key}: found {_describe(error['input'])}, expected fields of a section"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
+    expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ").split(" after validation")[0]
+    return f"{key}: found {_describe(error['input'])}, expected {expected}"
+
+
+def _did_you_mean(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:  # the right field in another section, or without one
+        leaf = key.split(".")[-1]
+        close = difflib.get_close_matches(leaf, [name.split(".")[-1] for name in known], n=1, cutoff=0.75)
+        close = [name for name in known if close and name.split(".")[-1] == close[0]][:1]
+    return f"; did you mean {close[0]}?" if close else "; docs/recipe.md lists them all"
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    kinds = {str: "text", bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "a tree"}
+    return f"{value!r} ({kinds.get(type(value), type(value).__name__)})"

@@ -1,0 +1,44 @@
+"""Numbers per step, to a file and to TensorBoard."""
+
+import json
+import math
+from typing import Any
+
+from mezo_scale.distributed.world import World
+from mezo_scale.runs.directory import RunDirectory, replace_file
+
+
+class Metrics:
+    """Numbers per step, to metrics.jsonl and to TensorBoard; nothing on the ranks that do not write."""
+
+    def __init__(self, run: RunDirectory, world: World, first_step: int) -> None:
+        self._file = self._board = None
+        if world.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+            whole = "".join(json.dumps(line) + "\n" for line in run.read_metrics() if line["step"] <= first_step)
+            replace_file(run.metrics, whole)
+            self._file = run.metrics.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Adds one line; `step` counts the steps done. What is not finite is null in the file: JSON has no NaN."""
+        if self._file is None:
+            return
+        finite = {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

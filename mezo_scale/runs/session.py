@@ -1,0 +1,218 @@
+"""A run from its recipe to its report. The method is in the optimizer; here is what goes on around it."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mezo_scale import models
+from mezo_scale.collectives import broadcast_bytes, max_integer
+from mezo_scale.distributed import preflight
+from mezo_scale.distributed.signals import Interrupted, watch
+from mezo_scale.distributed.world import World, joined
+from mezo_scale.errors import RecipeError
+from mezo_scale.models import checkpoints
+from mezo_scale.optim.mezo import MeZO
+from mezo_scale.recipe import Recipe, differences, load
+from mezo_scale.runs.console import Screen, StepProgress
+from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.evaluate import Evaluation, evaluate, majority
+from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.report import as_table, result_rows, write_report
+from mezo_scale.runs.splits import EncodedSplits
+from mezo_scale.sharding import shards
+from mezo_scale.tasks.encoding import Batch, Encoded, collate
+from mezo_scale.tasks.objectives import OBJECTIVES
+from mezo_scale.tasks.order import share, step_indices
+from mezo_scale.trajectory import Trajectory
+
+
+def train(recipe: Recipe) -> None:
+    """Runs a recipe, or goes on with the run that its directory holds. Every rank of a launch calls it.
+
+    - All input is checked before anything is written: recipe, layout, model, data, an earlier run.
+    - Killed at any point, the same call goes on after the last step whose record reached the disk.
+    - Weights are not saved on the way: the base model and the trajectory are the checkpoint.
+
+    Raises:
+        MezoError: for whatever the user can mend.
+    """
+    with joined(always_group=recipe.sharding.strategy != "single") as world:
+        run = RunDirectory(Path(recipe.output.dir))
+        with world.together():
+            models.check(recipe, world)
+            rows = recipe.train.batch_size
+            if rows < world.size:
+                raise RecipeError(
+                    f"train.batch_size is {rows}, but there are {world.size} processes: give each at least one row, "
+                    f"train.batch_size={world.size}"
+                )
+            done = _steps_done(recipe, run) if world.rank == 0 else 0
+            splits = EncodedSplits.read(recipe)
+        world.check_shared(run.path)
+        Trainer(recipe, world, run, splits).go(max_integer(done))
+
+
+class Trainer:
+    """One session of a run: from the base model to the end of the recipe's steps."""
+
+    def __init__(self, recipe: Recipe, world: World, run: RunDirectory, splits: EncodedSplits) -> None:
+        self.recipe, self.world, self.run, self.splits = recipe, world, run, splits
+        self.screen = Screen(world)
+        if world.present:
+            self.screen.show(preflight.table(world.present))
+        self.loaded = models.load(recipe, world)
+        stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
+        self.screen.say(
+            f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
+            f"{recipe.sharding.strategy}, {world.device.type}"
+        )
+
+    def go(self, done: int) -> None:
+        """Trains, evaluates, reports. `done` steps are in the trajectory already."""
+        # What rank 0 finds decides: the others may not see its directory.
+        results = json.loads(broadcast_bytes(json.dumps(self.run.read_evaluation()).encode()))
+        if "zero_shot" not in results:
+            results["zero_shot"] = self._evaluate(self.splits.test, "zero-shot").as_dict()
+            results["majority"] = majority(self.splits.train, self.splits.test).as_dict()
+            self.screen.say(f"zero-shot accuracy on test: {results['zero_shot']['accuracy']:.1%}")
+        if done:
+            left = self.recipe.train.steps - done
+            self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
+        optimizer = self._optimizer()
+        if self.world.rank == 0:
+            self.run.describe(self.recipe, self.world)
+            self.run.add_evaluation(**results)
+        steps = self.recipe.train.steps
+        if results.get("tuned", {}).get("step") != steps:
+            self._train(optimizer)
+            tuned = self._evaluate(self.splits.test, "tuned")
+            results["tuned"] = {**tuned.as_dict(), "step": steps}
+        if self.recipe.output.checkpoint:
+            checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
+        commands = self._commands()
+        if self.world.rank == 0:
+            write_report(self.run, self.recipe, self.run.add_evaluation(**results), commands)
+        self.screen.show(as_table(result_rows(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
+        self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
+        for what, command in commands.items():
+            self.screen.say(f"{what}: {command}")
+
+    def _optimizer(self) -> MeZO:
+        options = self.recipe.optimizer
+        if self.world.rank == 0:
+            self.run.create()
+        with self.screen.counting("replaying") as progress:
+            return MeZO(
+                self.loaded.model,
+                lr=options.lr,
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+                num_directions=options.num_directions,
+                seed=options.seed,
+                trajectory=self.run.trajectory,
+                dtype=self.loaded.scratch_dtype,
+                progress=progress,
+            )
+
+    def _train(self, optimizer: MeZO) -> None:
+        recipe, total = self.recipe, self.recipe.train.steps
+        metrics = Metrics(self.run, self.world, optimizer.step_count)
+        try:
+            with (
+                self.screen.steps(optimizer.step_count, total, recipe.train.log_every) as progress,
+                watch(self.world.store) as interruption,
+            ):
+                while optimizer.step_count < total:
+                    self._step(optimizer, metrics, progress)
+                    if number := interruption.after(optimizer.step_count):
+                        self._stop(optimizer.step_count, number)
+        finally:
+            metrics.close()
+
+    def _stop(self, step: int, number: int) -> None:
+        """Ends the session after a signal; the file in the run directory says that it is not over."""
+        interrupted = Interrupted(number)
+        if self.world.rank == 0:
+            self.run.mark_interrupted(step, interrupted.signal)
+        self.screen.say(f"stopped by {interrupted.signal} after step {step}; started again, the run goes on from there")
+        raise interrupted
+
+    def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress) -> None:
+        recipe, step = self.recipe, optimizer.step_count
+        lr = recipe.optimizer.lr * (1 - step / recipe.train.steps if recipe.optimizer.schedule == "linear" else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        start = time.perf_counter()
+        loss = optimizer.step(batch=self._batch(step), objective=self._losses, micro_batch=recipe.train.micro_batch)
+        seconds = time.perf_counter() - start
+        grads = list(optimizer.last_record.projected_grads)
+        metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds)
+        progress.advance(step + 1, loss)
+        if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
+            dev = evaluate(self.loaded, self.splits.dev, recipe.train.eval_batch)
+            metrics.log(step + 1, dev_accuracy=dev.accuracy, dev_loss=dev.loss)
+            progress.note(f"step {step + 1}: accuracy on dev {dev.accuracy:.1%}, loss {dev.loss:.4f}")
+
+    def _batch(self, step: int) -> Batch:
+        """This rank's rows of a step."""
+        recipe, examples = self.recipe, self.splits.train
+        rows = step_indices(recipe.optimizer.seed, step, len(examples), recipe.train.batch_size)
+        chosen = [examples[row] for row in share(rows, self.world.rank, self.world.size)]
+        if recipe.train.objective == "language_modeling":
+            chosen = [example.gold for example in chosen]
+        batch = collate(chosen, self.loaded.tokenizer.pad_token_id)
+        return {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
+
+    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        with self.loaded.compute():
+            return OBJECTIVES[self.recipe.train.objective](model, batch)
+
+    def _evaluate(self, examples: Sequence[Encoded], what: str) -> Evaluation:
+        with self.screen.counting(f"evaluating ({what})") as progress:
+            return evaluate(self.loaded, examples, self.recipe.train.eval_batch, progress)
+
+    def _commands(self) -> dict[str, str]:
+        programs = Path(sys.executable).parent
+        at = "" if shutil.which("mezo-scale") == str(programs / "mezo-scale") else f"{os.path.relpath(programs)}/"
+        launch = f"{at}mezo-scale"
+        if self.world.size > 1:
+            launch = f"{at}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
+        names = (self.run.path, self.recipe.model.name, self.run.trajectory, self.run.path / "replayed")
+        directory, base, trajectory, out = (shlex.quote(str(name)) for name in names)
+        return {
+            "continue this run": f"{launch} train {directory} train.steps={2 * self.recipe.train.steps}",
+            "rebuild its weights": f"{at}mezo-scale replay --base {base} --trajectory {trajectory} --out {out}",
+        }
+
+
+def _steps_done(recipe: Recipe, run: RunDirectory) -> int:
+    """How many steps the run directory holds; 0 where there is no run yet.
+
+    Raises:
+        RecipeError: its run was another one, or went further than this one is to go.
+        TrajectoryError: its trajectory can't be read.
+    """
+    if not run.trajectory.exists():
+        if run.path.exists() and not run.path.is_dir():
+            raise RecipeError(f"output.dir: {run.path} is a file, expected a folder or nothing")
+        return 0
+    if run.recipe.is_file():
+        changed = differences(load(run.path), recipe)
+        if changed:
+            raise RecipeError(
+                f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir, or the same values"
+            )
+    done = len(Trajectory.open(run.trajectory))
+    if done > recipe.train.steps:
+        raise RecipeError(
+            f"train.steps is {recipe.train.steps}, but the run in {run.path} has {done} already: ask for more, or "
+            f"replay it --until {recipe.train.steps}"
+        )
+    return done

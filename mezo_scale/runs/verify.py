@@ -1,0 +1,48 @@
+"""Whether a finished run agrees with itself: its trajectory, its base model and its checkpoint."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mezo_scale.distributed.world import World
+from mezo_scale.errors import TrajectoryError
+from mezo_scale.models import checkpoints
+from mezo_scale.optim.replay import replay
+from mezo_scale.recipe import Recipe
+from mezo_scale.runs.console import Screen
+from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.publish import stored_dtype
+from mezo_scale.trajectory import Trajectory
+
+
+def verify(recipe: Recipe) -> Iterator[str]:
+    """Checks a run directory against itself and its base model; yields what holds, one line each.
+
+    Raises:
+        MezoError: at the first thing that does not.
+    """
+    run = RunDirectory(Path(recipe.output.dir))
+    records = Trajectory.open(run.trajectory)
+    skipped = sum(record.skipped for record in records)
+    size = os.path.getsize(run.trajectory)
+    yield f"{run.trajectory}: {len(records)} steps ({skipped} skipped), {size:,} bytes, every checksum right"
+    checkpoints.find(recipe.model.name)
+    model = checkpoints.read(recipe.model.name, stored_dtype(records))
+    replay(model, records, until=0)
+    yield f"{recipe.model.name}: the base model that the run began with (fingerprint {records.header.fingerprint})"
+    if not run.checkpoint.is_dir():
+        return
+    step = run.read_evaluation().get("tuned", {}).get("step", len(records))
+    with Screen(World.from_environment()).counting("replaying") as progress:
+        replay(model, records, step, progress=progress)
+    saved = checkpoints.read(str(run.checkpoint), stored_dtype(records)).state_dict()
+    rebuilt = model.state_dict()
+    different = [name for name in rebuilt if name not in saved or not torch.equal(rebuilt[name], saved[name])]
+    if different:
+        raise TrajectoryError(
+            f"{run.checkpoint} is not what the trajectory gives after {step} steps: {len(different)} of {len(rebuilt)} "
+            f"weights differ, {different[0]} for one; replay the trajectory to have the right ones"
+        )
+    yield f"{run.checkpoint}: bit for bit what {step} replayed steps give"

@@ -1,0 +1,113 @@
+"""From examples to batches: tokens, tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.tasks.example import Example
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in tokens: prompt + candidates[label] is the sequence a model would have to write."""
+
+    prompt: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    label: int
+
+    @property
+    def gold(self) -> "Encoded":
+        """The example with the right candidate only: all that a loss on its tokens needs."""
+        return replace(self, candidates=(self.candidates[self.label],), label=0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return len(self.prompt) + max(map(len, self.candidates))
+
+
+def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
+    """Tokenizes an example. A long prompt loses its beginning (but not a BOS token), never its end.
+
+    A candidate's tokens are what follows the prompt's in the tokens of the two together, so that tokenizers which mark
+    the beginning of a text do not mark the candidate.
+
+    Raises:
+        RecipeError: if a candidate is longer than max_length, or has no tokens.
+    """
+    prompt = _open_tokens(tokenizer, example.prompt)
+    candidates = [_open_tokens(tokenizer, example.prompt + text)[len(prompt) :] for text in example.candidates]
+    room = max_length - max(map(len, candidates))
+    if min(map(len, candidates)) == 0 or room < 2:
+        raise RecipeError(
+            f"task.candidates {list(example.candidates)} have {sorted(map(len, candidates))} tokens, expected between "
+            f"1 and task.max_length ({max_length}) - 2: change the one or the other"
+        )
+    if len(prompt) > room:
+        head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        prompt = head + prompt[len(prompt) - room + len(head) :]
+    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label)
+
+
+def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
+    """One row per example, padded on the left.
+
+    Where every candidate is one token, the prompt alone is run and the next token scores them all:
+        input_ids, attention_mask: int64 [rows, tokens]; candidate_ids: int64 [rows, candidates], -1 where none is.
+    Otherwise each candidate is written out after the prompt:
+        input_ids, attention_mask: int64 [rows, candidates, tokens]; candidate_mask: bool [rows, candidates, tokens],
+        true on the candidate's own tokens, nowhere for a candidate that only fills up the row.
+    Always: label: int64 [rows].
+    """
+    label = torch.tensor([example.label for example in examples])
+    width = max(len(example.candidates) for example in examples)
+    if all(len(candidate) == 1 for example in examples for candidate in example.candidates):
+        input_ids, attention_mask = _pad_left([example.prompt for example in examples], pad_id)
+        candidate_ids = torch.full((len(examples), width), -1)
+        for row, example in enumerate(examples):
+            candidate_ids[row, : len(example.candidates)] = torch.tensor(example.candidates).squeeze(1)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "candidate_ids": candidate_ids,
+            "label": label,
+        }
+    answers: list[tuple[int, ...]] = []  # what is scored
+    sequences: list[tuple[int, ...]] = []  # what is run
+    for example in examples:
+        missing = width - len(example.candidates)
+        answers += [*example.candidates, *[()] * missing]
+        sequences += [example.prompt + answer for answer in (*example.candidates, *example.candidates[:1] * missing)]
+    input_ids, attention_mask = _pad_left(sequences, pad_id)
+    candidate_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        candidate_mask[row, input_ids.shape[1] - len(answer) :] = True
+    shape = (len(examples), width, -1)
+    return {
+        "input_ids": input_ids.view(shape),
+        "attention_mask": attention_mask.view(shape),
+        "candidate_mask": candidate_mask.view(shape),
+        "label": label,
+    }
+
+
+def _open_tokens(tokenizer: Any, text: str) -> list[int]:
+    # Without the end-of-text token that some tokenizers append: the text goes on. OPT's first token is the same one.
+    tokens = tokenizer(text)["input_ids"]
+    ends = bool(tokens) and tokens[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
+    return tokens[:-1] if ends else tokens
+
+
+def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, length - len(sequence) :] = torch.tensor(sequence)
+        attention_mask[row, length - len(sequence) :] = 1
+    return input_ids, attention_mask

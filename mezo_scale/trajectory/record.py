@@ -1,0 +1,103 @@
+"""What a trajectory is made of: one `StepRecord` per step, and the `Header` that says what they belong to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mezo_scale.errors import TrajectoryError
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """The second waist: all that one step was, in scalars.
+
+    Attributes:
+        step: counted from 0.
+        seeds: one per direction.
+        projected_grads: (L+ - L-) / (2 eps) per direction, as measured; not finite if a loss was not.
+        alphas: the float32 multipliers of z, direction by direction; with several parameter groups group by group.
+        decays: the float32 multiplier of the weights, one per parameter group.
+        loss: mean over all branches.
+    """
+
+    step: int
+    seeds: tuple[int, ...]
+    projected_grads: tuple[float, ...]
+    alphas: tuple[float, ...]
+    decays: tuple[float, ...]
+    loss: float
+
+    @property
+    def decay(self) -> float:
+        """The first parameter group's multiplier of the weights."""
+        return self.decays[0]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether something in the step is not finite, so that it writes nothing."""
+        return not all(math.isfinite(v) for v in (self.loss, *self.projected_grads, *self.alphas, *self.decays))
+
+    def alphas_of(self, group: int) -> tuple[float, ...]:
+        """The multipliers of one parameter group's directions."""
+        count = len(self.seeds)
+        return self.alphas[group * count : (group + 1) * count]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a trajectory belongs to: refused for any other model, noise or arithmetic.
+
+    Attributes:
+        noise_version: see `mezo_scale.noise.VERSION`.
+        fingerprint: of the values the weights had before the first step, whatever their layout.
+        manifest: per trainable parameter [name, shape, dtype, parameter group, decayed].
+        num_directions, num_groups: the record's size follows from them.
+        distribution, rounding: how z is drawn and how updates are stored.
+        seed, eps: the run's; for the record, a replay needs neither.
+    """
+
+    noise_version: int
+    fingerprint: str
+    manifest: list[list[Any]]
+    num_directions: int
+    num_groups: int
+    distribution: str
+    rounding: str
+    seed: int
+    eps: float
+
+    def check_same(self, other: Header, where: str) -> None:
+        """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
+        if self.noise_version != other.noise_version:
+            raise TrajectoryError(
+                f"{where} was made with noise version {self.noise_version}, this is version {other.noise_version}: "
+                "use the mezo-scale release that wrote it"
+            )
+        if self.manifest != other.manifest:
+            raise TrajectoryError(f"{where} belongs to another model: {_difference(self.manifest, other.manifest)}")
+        if self.fingerprint != other.fingerprint:
+            raise TrajectoryError(
+                f"{where} starts from other weights (fingerprint {self.fingerprint}, these have {other.fingerprint}): "
+                "give the base model it was trained from, loaded in the same dtype"
+            )
+        for name in ("num_directions", "num_groups", "distribution", "rounding"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise TrajectoryError(
+                    f"{where} was written with {name} = {mine}, this run has {theirs}: set it to {mine}"
+                )
+
+
+def _difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str:
+    """The first thing in which two manifests differ, in words."""
+    for one, other in zip(mine, theirs, strict=False):
+        if one != other:
+            return f"it has {_entry(one)}, the model has {_entry(other)}"
+    return f"it has {len(mine)} trainable parameters, the model has {len(theirs)}"
+
+
+def _entry(entry: list[Any]) -> str:
+    name, shape, dtype, group, decayed = entry
+    return f"{name} {dtype}{shape} (group {group}{', decayed' if decayed else ''})"

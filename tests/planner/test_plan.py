@@ -1,0 +1,246 @@
+"""The planner's arithmetic against the dry run of the real step, and what it offers, fits and recommends."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from mezo_scale import models, recipe
+from mezo_scale.distributed.world import World
+from mezo_scale.errors import RecipeError, ShardingError
+from mezo_scale.models.shapes import config_of
+from mezo_scale.planner import (
+    GIB,
+    Cluster,
+    Rates,
+    Report,
+    Strategy,
+    Workload,
+    devices_needed,
+    memory,
+    plan,
+    recommended,
+    seconds,
+    traffic,
+)
+from mezo_scale.planner.dry_run import dry_run
+from mezo_scale.planner.plan import NVME_BUFFER, NVME_CONFIG
+
+RANKS = (1, 2, 4, 8, 64)
+
+
+def shortened(name: str, layers: int) -> PretrainedConfig:
+    """A model with fewer layers: what is not stored is as large as with all of them, so errors show more."""
+    config = config_of(name)
+    config.num_hidden_layers = layers
+    if hasattr(config, "layer_types"):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def over(ranks: int, *, master: bool) -> Strategy:
+    return Strategy("single" if ranks == 1 else "fsdp2", ranks, master=master)
+
+
+def check(config: PretrainedConfig, strategy: Strategy, workload: Workload, tolerance: float) -> None:
+    expected, found = memory(config, strategy, workload), dry_run(config, strategy, workload)
+    assert expected.peak == pytest.approx(found[0].peak, rel=tolerance)
+    assert expected.shards + expected.master == pytest.approx(found[0].shards + found[0].master, rel=1e-3)
+    assert traffic(config, strategy, workload).gathered == found[1]
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["16-bit", "master"])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", ["opt-1.3b", "opt-13b", "opt-66b"])
+def test_the_arithmetic_agrees_with_the_dry_run(name: str, ranks: int, master: bool) -> None:
+    check(shortened(name, 2), over(ranks, master=master), Workload(), 0.05)
+
+
+def test_66b_takes_at_most_24_gib_on_each_of_8_ranks() -> None:
+    found, gathered = dry_run(config_of("opt-66b"), over(8, master=False), Workload())
+    assert found.peak <= 24 * GIB
+    assert 2 * 65_719_701_504 <= gathered <= 1.001 * 2 * 65_719_701_504  # each weight once, for both branches
+    assert memory(config_of("opt-66b"), over(8, master=False), Workload()).peak == pytest.approx(found.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("ranks", "gib"), [(8, 24), (4, 42), (2, 72)])
+def test_66b_in_16_bits_fits_as_promised(ranks: int, gib: int) -> None:
+    assert memory(config_of("opt-66b"), over(ranks, master=False), Workload()).peak <= gib * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "workload"),
+    [
+        ("opt-350m", Strategy("single", master=True), Workload(16, 400)),  # post-norm, and tables narrower than layers
+        ("opt-1.3b", Strategy("fsdp2", 8, master=True), Workload(16, 400)),
+        ("opt-1.3b", Strategy("hsdp", 4, 2), Workload(4, 400, branches=4)),
+        ("opt-1.3b", Strategy("fsdp2", 4), Workload(4, 400, dtype="float32")),
+        ("llama-3-8b", Strategy("fsdp2", 8, master=True), Workload(16, 400)),  # untied tables, gated
+        ("llama-3-8b", Strategy("single"), Workload(16, 400)),
+        ("qwen3-0.6b", Strategy("single", master=True), Workload(16, 400)),
+        ("qwen2.5-0.5b", Strategy("fsdp2", 4), Workload(8, 1000)),
+    ],
+)
+def test_the_arithmetic_holds_for_other_models_and_larger_batches(
+    name: str, strategy: Strategy, workload: Workload
+) -> None:
+    check(shortened(name, 2), strategy, workload, 0.05)
+
+
+def test_a_dry_run_leaves_no_process_group_and_touches_no_memory() -> None:
+    dry_run(shortened("opt-66b", 1), over(4, master=False), Workload())
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_strategy_without_a_dry_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="zero3 .*can't be run dry"):
+        dry_run(shortened("opt-125m", 1), Strategy("zero3", 2), Workload())
+
+
+def folder_of(name: str, folder: pathlib.Path) -> str:
+    config_of(name).save_pretrained(folder)
+    return str(folder)
+
+
+def report(gpus: int, gib: float, name: str = "opt-66b", per_node: int = 8, **rest: Any) -> Report:
+    cluster = Cluster(gpus, min(gpus, per_node), gib, host_gib=rest.pop("host_gib", None))
+    return Report.make(name, cluster, Workload(**rest), Rates(), "recipe.yaml")
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8, 16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_command_that_is_printed_passes_the_checks_of_a_run(
+    tmp_path: pathlib.Path, gpus: int, dtype: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {name: x}\ntask: {data: x.csv}\n")
+    found = report(gpus, 80, folder_of("opt-125m", tmp_path / "model"), dtype=dtype, branches=4)
+    world = World(0, 0, min(gpus, 8), gpus, torch.device("cpu"))
+    commands = 0
+    for entry in found.entries:
+        command = found.command(entry)
+        overrides = [word for word in command.split() if "=" in word and not word.startswith("--")]
+        parsed = recipe.load(tmp_path / "recipe.yaml", overrides)
+        models.check(parsed, world)
+        assert parsed.sharding.strategy == entry.strategy.name
+        assert models.mesh_shape(parsed.sharding, world) == (entry.strategy.replicate, entry.strategy.shard)
+        assert parsed.model.dtype == found.workload.stored(entry.strategy)
+        assert parsed.optimizer.num_directions == 2
+        assert str(gpus if gpus < 8 else 8) in command.split()
+        commands += 1
+    assert commands > 0
+
+
+def test_the_json_holds_every_strategy_with_its_figures() -> None:
+    found = report(8, 80)
+    tree = json.loads(json.dumps(found.as_json()))
+    kinds = {(one["strategy"], one["offload"], one["master"]) for one in tree["strategies"]}
+    for master in (True, False):
+        for strategy, offload in [("single", None), ("fsdp2", None), ("hsdp", None), ("zero3", None)]:
+            assert (strategy, offload, master) in kinds
+        for strategy in ("fsdp2", "hsdp", "zero3"):
+            assert (strategy, "cpu", master) in kinds
+    assert ("zero3", "nvme", True) in kinds
+    for one in tree["strategies"]:
+        assert one["gpus"] == one["shard"] * one["replicate"] == 8
+        assert one["peak_gib"] == pytest.approx(sum(one["memory_gib"].values()))
+        assert one["fits"] == (one["peak_gib"] <= 72 and not one["note"])
+        assert one["gathered_gib_per_step"] >= one["inside_node_gib_per_step"] + one["between_nodes_gib_per_step"]
+    (choice,) = [one for one in tree["strategies"] if one["recommended"]]
+    assert (choice["strategy"], choice["offload"], choice["master"]) == ("fsdp2", None, True)
+    assert "torchrun" in choice["command"]
+
+
+def test_weights_move_once_whatever_the_number_of_branches() -> None:
+    config = config_of("opt-13b")
+    one, four = (traffic(config, Strategy("fsdp2", 8), Workload(branches=branches)) for branches in (2, 8))
+    assert one.gathered == four.gathered
+    assert four.scalars - one.scalars == 3 * 16
+
+
+def test_hsdp_in_nodes_sends_no_weights_between_them() -> None:
+    config = config_of("opt-13b")
+    inside, across = (
+        traffic(config, strategy, Workload(), 8) for strategy in (Strategy("hsdp", 8, 4), Strategy("fsdp2", 32))
+    )
+    assert inside.between_nodes == 0
+    assert across.between_nodes * 8 == pytest.approx(across.gathered * 31 / 32, rel=1e-6)
+    slow = Rates(between_gbit_s=10)
+    assert seconds(config, Strategy("hsdp", 8, 4), Workload(), slow) < seconds(
+        config, Strategy("fsdp2", 32), Workload(), slow
+    )
+
+
+def test_one_small_device_is_told_to_offload_and_how_many_would_do_without() -> None:
+    found = report(1, 40)
+    assert found.choice is not None
+    assert found.choice.strategy.offload == "cpu"
+    text = "\n".join(found.lines())
+    config, cluster = found.config, found.cluster
+    for master in (False, True):
+        needed = devices_needed(config, cluster, Workload(), master=master)
+        assert needed is not None
+        assert f"from {needed} on" in text
+        for gpus, fits in ((needed, True), (needed - 1, False)):
+            peak = memory(config, Strategy("fsdp2", gpus, master=master), Workload()).peak
+            assert (peak <= 36 * GIB) == fits
+
+
+def test_host_memory_that_is_too_small_is_said() -> None:
+    enough, short = report(8, 40, host_gib=256), report(8, 40, host_gib=64)
+    assert enough.choice is not None
+    assert short.choice is not None
+    assert (enough.choice.strategy.offload, short.choice.strategy.offload) == ("cpu", "nvme")
+    assert any("takes 245 GiB of each node's memory, which has 64" in line for line in short.lines())
+
+
+def test_a_shard_that_is_larger_than_the_buffers_of_the_disk_is_said() -> None:
+    (entry,) = [entry for entry in report(1, 40).entries if entry.strategy.offload == "nvme"]
+    assert not entry.fits
+    assert "463 M elements, does not fit the buffers of ds_configs/zero3_offload_nvme.json" in entry.note
+    config = json.loads((pathlib.Path(models.__file__).parents[2] / NVME_CONFIG).read_text())
+    assert config["zero_optimization"]["offload_param"]["buffer_size"] == NVME_BUFFER
+
+
+def test_16_bits_are_recommended_only_where_no_master_fits() -> None:
+    config = config_of("opt-66b")
+    both = plan(config, Cluster(8, 8, 80), Workload())
+    choice = recommended(both)
+    assert choice is not None
+    assert choice.strategy.master
+    only = recommended([entry for entry in both if not entry.strategy.master])
+    assert only is not None
+    assert not only.strategy.master
+
+
+def test_padding_of_uneven_shards_is_counted() -> None:
+    config = config_of("opt-125m")
+    exact = memory(config, Strategy("fsdp2", 2), Workload()).shards * 2
+    padded = memory(config, Strategy("fsdp2", 7), Workload()).shards * 7
+    assert exact == 2 * 125_239_296
+    assert exact < padded < 1.01 * exact
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Cluster(12, 8, 80), ShardingError, "12 devices do not fill nodes of 8: take 8 or 16"),
+        (lambda: Cluster(0, 8, 80), ShardingError, "0 devices"),
+        (lambda: Cluster(8, 8, 0), RecipeError, "0 GiB: expected more than 0"),
+        (lambda: Cluster(8, 8, math.nan), RecipeError, "nan GiB: expected more than 0"),
+        (lambda: Cluster(8, 8, 80, 1.0), RecipeError, "headroom is 1.0"),
+        (lambda: Workload(rows=0), RecipeError, "rows is 0"),
+        (lambda: Workload(dtype="int8"), RecipeError, "'int8': expected float32"),
+        (lambda: Strategy("fsdp3"), RecipeError, "'fsdp3': expected single, fsdp2, hsdp or zero3"),
+        (lambda: Strategy("fsdp2", 8, offload="nvme"), RecipeError, "fsdp2 can't offload to nvme"),
+        (lambda: Rates.parse(["between_gbit=10"]), RecipeError, "did you mean between_gbit_s"),
+        (lambda: Rates.parse(["pcie_gb_s=fast"]), RecipeError, "'fast': expected a number"),
+        (lambda: Rates.parse(["pcie_gb_s=-1"]), RecipeError, "finite number above 0"),
+    ],
+)
+def test_bad_input_is_named(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

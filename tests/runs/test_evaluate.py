@@ -1,0 +1,45 @@
+"""Evaluations: what is counted, and how sure one can be of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mezo_scale.models import Loaded
+from mezo_scale.runs.evaluate import evaluate, majority, wilson
+from mezo_scale.tasks.encoding import Encoded
+from tests.support import material
+from tests.tasks.test_objectives import by_hand
+
+
+@torch.no_grad()
+def test_every_example_counts_once_whatever_the_batch_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 250, (count,), generator=generator).tolist())
+
+    examples = [Encoded(tokens(2 + n % 5), ((7,), (8,)), n % 2) for n in range(11)]
+    loaded = Loaded(material.build("llama"), material.tokenizer(), torch.device("cpu"))
+    loaded.tokenizer.pad_token_id = 0
+    scores = [by_hand(loaded.model, example) for example in examples]
+    right = sum((score[1] > score[0]) == example.label for score, example in zip(scores, examples, strict=True))
+    for batch_size in (1, 4, 50):
+        found = evaluate(loaded, examples, batch_size)
+        assert (found.count, found.correct) == (11, right)
+        assert found.loss == pytest.approx(evaluate(loaded, examples, 11).loss, rel=1e-5)
+
+
+def test_the_majority_baseline_answers_with_the_train_splits_label() -> None:
+    example = Encoded((5,), ((7,), (8,)), 0)
+    train = [replace(example, label=label) for label in (1, 1, 0)]
+    test = [replace(example, label=label) for label in (1, 0, 0, 0)]
+    assert (majority(train, test).correct, majority(train, test).count) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (10, 10, 0.7225, 1.0)],
+)
+def test_the_interval_is_wilsons(correct: int, count: int, low: float, high: float) -> None:
+    assert wilson(correct, count) == pytest.approx((low, high), abs=1e-4)
