@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mezo_scale.perturbation.view import Branch, View
+from mezo_scale.perturbation.view import View
+from mezo_scale.perturbation.weights import Branch
 
 __all__ = ["Branch", "View", "perturbed"]
 

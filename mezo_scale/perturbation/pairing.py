@@ -33,37 +33,46 @@ SHARED (no batch dim), or MIXED (none of these)."""
 class Pairing:
     """What the two small runs taught: the units, and per unit how each argument and result divides."""
 
-    def __init__(self, owners: Iterable[nn.Module], parents: dict[nn.Module, nn.Module]) -> None:
-        self.owners = list(owners)
+    def __init__(self, parents: dict[nn.Module, nn.Module]) -> None:
         self.parents = parents
         self.units: set[nn.Module] = set()
         self.inputs: dict[nn.Module, Kinds] = {}
         self.outputs: dict[nn.Module, Kinds] = {}
         self.known: set[tuple[nn.Module, tuple[str, ...]]] = set()
-        self.called: set[nn.Module] = set()
 
-    def learn(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
-        """Run ``entry`` on two and on three rows of its arguments and settle the units below it.
+    def knows(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether such a call has been learned."""
+        if _signature(entry, args, kwargs) in self.known:
+            return True
+        # A decoding step of a model whose first call is known: the same modules, one token at a time.
+        return has_cache((args, kwargs)) and any(module is entry for module, _ in self.known)
+
+    def run(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> list[Calls]:
+        """Run ``entry`` on two and on three rows of its arguments; what went in and out of each module below it."""
+        args, kwargs = _without_cache(args, kwargs)
+        return [_record(entry, *_take_rows(args, kwargs, rows, count)) for count in (2, 3)]
+
+    def settle(
+        self,
+        entry: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        calls: list[Calls],
+        readers: Iterable[nn.Module],
+    ) -> None:
+        """From those two runs to the units below ``entry``: each reader that ran, or the module around it that divides.
 
         Raises:
             ViewError: the model's results can't be divided among the branches even as a whole.
         """
-        signature = (entry, tuple(path for path, _ in tensors((args, kwargs))))
-        if signature in self.known:
-            return
-        if has_cache((args, kwargs)) and any(module is entry for module, _ in self.known):
-            return  # a decoding step of a model whose first call is known: the same modules, one token at a time
-        args, kwargs = _without_cache(args, kwargs)
-        calls = [_record(entry, *_take_rows(args, kwargs, rows, count)) for count in (2, 3)]
-        self.called |= set(calls[0])
         for module, two in calls[0].items():
             three = calls[1].get(module, [])
             self.inputs[module] = _classify([c[0] for c in two], [c[0] for c in three])
             self.outputs[module] = _classify([c[1] for c in two], [c[1] for c in three])
-        for owner in self.owners:
-            if owner in calls[0]:
-                self.units.add(self._unit_of(owner, entry))
-        self.known.add(signature)
+        for reader in readers:
+            if reader in calls[0]:
+                self.units.add(self._unit_of(reader, entry))
+        self.known.add(_signature(entry, args, kwargs))
 
     def _unit_of(self, owner: nn.Module, entry: nn.Module) -> nn.Module:
         module = owner
@@ -145,12 +154,17 @@ def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
     return args, kept
 
 
+def _signature(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    return entry, tuple(path for path, _ in tensors((args, kwargs)))
+
+
 Call = tuple[dict[str, "Size"], dict[str, "Size"]]
+Calls = dict[nn.Module, list[Call]]
 
 
-def _record(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, list[Call]]:
+def _record(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calls:
     """Run ``entry`` and note, call by call, dim 0 of every tensor that a module below it takes and returns."""
-    calls: dict[nn.Module, list[Call]] = defaultdict(list)
+    calls: Calls = defaultdict(list)
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls[module].append((_sizes((args, kwargs)), _sizes(output)))

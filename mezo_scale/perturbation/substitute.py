@@ -1,4 +1,4 @@
-"""Putting other weights in a module's place while its forward runs: a tensor by name, or single rows of a table."""
+"""Putting other weights in a module's place while its forward runs, and running it in float32."""
 
 from __future__ import annotations
 
@@ -7,46 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mezo_scale import noise
 from mezo_scale.sharding import Site
-
-
-class RowsOf(TorchFunctionMode):
-    """While open, ``F.embedding`` on one table returns perturbed rows of it."""
-
-    def __init__(
-        self, table: Tensor, param_id: int, branch: tuple[int, float], dtype: torch.dtype, distribution: str
-    ) -> None:
-        super().__init__()
-        self.table, self.param_id, self.branch, self.dtype, self.distribution = (
-            table,
-            param_id,
-            branch,
-            dtype,
-            distribution,
-        )
-        self.used = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.embedding or len(args) < 2 or args[1] is not self.table or kwargs.get("max_norm") is not None:
-            return func(*args, **kwargs)
-        self.used = True
-        ids = args[0]
-        flat = ids.reshape(1, -1).long()
-        out = torch.empty(1, flat.shape[1], *self.table.shape[1:], dtype=self.dtype, device=self.table.device)
-        noise.rows(self.table.detach(), self.param_id, [self.branch], flat, out, distribution=self.distribution)
-        return out.view(*ids.shape, *self.table.shape[1:])
 
 
 @contextmanager
 def shadowed(weights: dict[Site, Tensor]) -> Iterator[None]:
-    """``module.attr`` is the given tensor inside."""
+    """``module.attr`` is the given tensor inside.
+
+    A name in an instance's ``__dict__`` is found before one in ``_parameters``, whatever FSDP, DeepSpeed or a tied
+    module keep there; taking it out restores everything.
+    """
     missing = object()
     saved = [(site, site.module.__dict__.get(site.attr, missing)) for site in weights]
     try:

@@ -63,8 +63,7 @@ def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) ->
                 models.shard_fsdp2(model, mesh if strategy.replicate > 1 else mesh["shard"], mixed)
         autocast = strategy.name == "single" and mixed is not None
         storages = Storages(int(config.vocab_size))
-        view = View(model, dtype=compute if autocast else None)
-        view.scratch = _Scratch(storages)
+        view = View(model, dtype=compute if autocast else None, scratch=_Scratch(storages))
         storages.watch_shards(model)
         with fake, storages:
             gathered = _step(model, view, workload, storages, _autocast(compute) if autocast else nullcontext)

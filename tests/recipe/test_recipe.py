@@ -9,6 +9,7 @@ import yaml
 
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import RecipeError
+from mezo_scale.recipe.tree import TrainSection
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"model": {"name": "a/model"}, "task": {"data": "reviews.csv"}}
@@ -67,7 +68,7 @@ def test_an_override_takes_the_place_of_a_field_in_full_or_by_its_bare_name(tmp_
 
 def test_a_section_whose_fields_are_all_commented_out_has_its_defaults(tmp_path: Path) -> None:
     path = write(tmp_path / "r.yaml", "model: {name: m}\ntask: {data: d}\ntrain:\n  # steps: 3\n")
-    assert recipes.load(path).train == recipes.TrainSection()
+    assert recipes.load(path).train == TrainSection()
 
 
 def test_a_run_directory_is_a_recipe_that_writes_to_itself(tmp_path: Path) -> None:

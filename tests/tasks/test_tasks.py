@@ -9,6 +9,7 @@ import pytest
 from mezo_scale import tasks
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
+from mezo_scale.tasks.order import permutation
 from tests.support import material
 
 
@@ -91,6 +92,6 @@ def test_missing_data_is_refused(make_recipe: Callable[..., Recipe]) -> None:
 
 
 def test_permutations_never_change() -> None:
-    assert tasks.permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert sorted(tasks.permutation(7, 3, 1000).tolist()) == list(range(1000))
-    assert not np.array_equal(tasks.permutation(7, 3, 1000), tasks.permutation(7, 4, 1000))
+    assert permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert sorted(permutation(7, 3, 1000).tolist()) == list(range(1000))
+    assert not np.array_equal(permutation(7, 3, 1000), permutation(7, 4, 1000))

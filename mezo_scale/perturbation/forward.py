@@ -1,0 +1,137 @@
+"""One module's forward under the view: in the one branch that is in force, or in all branches of a tall batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mezo_scale.perturbation import pairing, rows
+from mezo_scale.perturbation.pairing import Pairing
+from mezo_scale.perturbation.substitute import in_float32, is_half, shadowed
+from mezo_scale.perturbation.weights import Branch, Weights, is_wide, stored
+from mezo_scale.sharding import Site
+
+Forward = Callable[..., Any]
+
+
+class Runner:
+    """Runs modules with perturbed weights in the place of their own.
+
+    Attributes:
+        branches: of the view that is open.
+        active: positions of those in force: all of them, or the one whose rows are being run.
+        rows: of one branch, in the call under way.
+        held: sites whose weight has been put in place by a module further out; those inside leave them.
+    """
+
+    def __init__(self, weights: Weights, pairs: Pairing) -> None:
+        self.weights = weights
+        self.pairing = pairs
+        self.branches: list[Branch] = []
+        self.active: tuple[int, ...] = ()
+        self.rows = 0
+        self.held: set[Site] = set()
+
+    def run_one(self, module: nn.Module, sites: Sequence[Site], original: Forward, args: Any, kwargs: Any) -> Any:
+        """A module in the one branch that is in force."""
+        if self.held:
+            sites = [site for site in sites if site not in self.held]
+        if not sites:
+            return original(*args, **kwargs)
+        with self.weights.scratch.frame():
+            made = {site: parts[0] for site, parts in self._perturb(module, sites, self.active).items()}
+            return self.weights.outlive(self._with(made, module, original, args, kwargs))
+
+    def run_all(self, module: nn.Module, sites: Sequence[Site], original: Forward, args: Any, kwargs: Any) -> Any:
+        """A unit in all branches: its rows of each with that branch's weights."""
+        if sites and self._is_plain_linear(module, sites, args, kwargs):
+            return self._linear(module, sites, args[0])
+        active, count = self.active, len(self.active)
+        parts = rows.split(module, self.pairing.inputs[module], args, kwargs, count, self.rows * len(self.branches))
+        results: list[Any] = []
+        try:
+            for group in _by_seed(self.branches, active):
+                with self.weights.scratch.frame():
+                    made = self._perturb(module, sites, group)
+                    for position, branch in enumerate(group):
+                        self.active = (branch,)
+                        branch_args, branch_kwargs = parts[active.index(branch)]
+                        given = {site: weight[position] for site, weight in made.items()}
+                        result = self._with(given, module, original, branch_args, branch_kwargs)
+                        results.append(self.weights.outlive(result))
+        finally:
+            self.active = active
+        return rows.merge(results, self.rows)
+
+    def _perturb(self, module: nn.Module, sites: Sequence[Site], group: Sequence[int]) -> dict[Site, list[Tensor]]:
+        branches = [self.branches[branch] for branch in group]
+        wide = is_wide(module)
+        return {site: self.weights.perturb(site, branches, wide=wide and site.module is module) for site in sites}
+
+    def _with(self, made: dict[Site, Tensor], module: nn.Module, original: Forward, args: Any, kwargs: Any) -> Any:
+        """A module's forward with other weights in their place; in float32 if it normalises in 16 bits."""
+        if not made:
+            return original(*args, **kwargs)
+        if type(module) is nn.Linear and len(args) == 1 and not kwargs:
+            args = (args[0].contiguous(),)  # torch copies the weight for each row of an input that is not
+        own = [site for site in made if site.module is module]
+        wide = bool(own) and is_wide(module) and any(is_half(stored(site)) for site in own)
+        outer, self.held = self.held, self.held | made.keys()
+        try:
+            with shadowed(made):
+                return in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
+        finally:
+            self.held = outer
+
+    def _linear(self, module: Any, sites: Sequence[Site], x: Tensor) -> Tensor:
+        """y = x W^T + b per branch, each written straight to its rows of the result."""
+        active = self.active
+        inner = x.shape[-1]
+        blocks = x.reshape(len(active), -1, inner)
+        own = {site.attr: site for site in sites}
+        held = module._parameters
+        weight_here, bias_here = held["weight"], held["bias"]
+        dtype = self.weights.dtype_of(weight_here) if "weight" in own else weight_here.dtype
+        result = x.new_empty(len(active), blocks.shape[1], weight_here.shape[0], dtype=dtype)
+        for group in _by_seed(self.branches, active):
+            with self.weights.scratch.frame():
+                branches = [self.branches[branch] for branch in group]
+                made = {attr: self.weights.perturb(site, branches) for attr, site in own.items()}
+                for position, branch in enumerate(group):
+                    weight = made["weight"][position] if "weight" in made else weight_here
+                    bias = made["bias"][position] if "bias" in made else bias_here
+                    target = result[active.index(branch)]
+                    if bias is None:
+                        torch.mm(blocks[active.index(branch)], weight.t(), out=target)
+                    else:
+                        torch.addmm(bias, blocks[active.index(branch)], weight.t(), out=target)
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+    def _is_plain_linear(self, module: nn.Module, sites: Sequence[Site], args: Any, kwargs: Any) -> bool:
+        """torch's own Linear, called the ordinary way on rows of the tall batch."""
+        if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
+            return False
+        if any(site.module is not module for site in sites) or module._parameters.get("weight") is None:
+            return False
+        x = args[0]
+        sharded = isinstance(x, DTensor) or isinstance(module._parameters["weight"], DTensor)
+        if sharded or x.dim() < 2 or x.shape[0] % len(self.active):
+            return False
+        batched = next(iter(self.pairing.inputs[module].values())) == pairing.BATCHED
+        return batched and not torch.is_autocast_enabled(x.device.type)
+
+
+def _by_seed(branches: Sequence[Branch], active: Sequence[int]) -> list[tuple[int, ...]]:
+    """Neighbouring branches of one seed, two at most: one generation of z serves both signs, and scratch stays at
+    two."""
+    groups: list[tuple[int, ...]] = []
+    for branch in active:
+        if groups and len(groups[-1]) == 1 and branches[groups[-1][0]][0] == branches[branch][0]:
+            groups[-1] = (groups[-1][0], branch)
+        else:
+            groups.append((branch,))
+    return groups

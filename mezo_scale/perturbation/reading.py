@@ -1,0 +1,175 @@
+"""What a module gets when it fetches a trainable parameter that nobody has put a perturbed one in the place of.
+
+While a view is open, ``module.weight`` of a trainable parameter gives a `Reading`: it looks like the parameter, and
+turns into the perturbed weight where an operation takes it. So a parameter is perturbed wherever it is read: by the
+module that owns it, by a parent that never calls that module, out of a ParameterList or a ParameterDict. Asking for its
+shape or dtype is no read.
+
+A `Reading` has no storage. Code that gets hold of one by a road that is not known here finds nothing to compute with:
+an error, never the plain weight. Parameters that are kept outside of modules' attributes (`nn.LSTM` has them in a list)
+come to operations as they are; `Bypass` sees them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_map_only
+
+from mezo_scale.sharding import Site
+
+_PROPERTIES = """
+    dtype device shape layout ndim itemsize nbytes names requires_grad is_leaf grad grad_fn output_nr _version
+    is_meta is_cuda is_cpu is_xpu is_mps is_mkldnn is_sparse is_sparse_csr is_quantized is_nested
+"""
+_METHODS = """
+    size dim ndimension stride numel nelement element_size is_floating_point is_complex is_signed is_contiguous
+    get_device storage_offset is_inference has_names is_shared __len__ __repr__ __hash__ __format__
+"""
+METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)]
+    + [torch.is_floating_point, torch.is_complex, torch.numel]
+)
+"""Functions that ask a tensor what it is, not what it holds."""
+
+
+class Source(Protocol):
+    """Where readings get their values from: a view that is open."""
+
+    def value_of(self, reading: Reading) -> Tensor: ...
+
+    def rows_of(self, reading: Reading, ids: Tensor) -> Tensor: ...
+
+
+class Reading(Tensor):
+    """A trainable parameter as a module fetched it.
+
+    Attributes:
+        plain: the parameter.
+        site: which one it is.
+        reader: the module whose forward was running; None where that was not followed.
+        made: its perturbed value, once something has read it.
+    """
+
+    plain: Tensor
+    site: Site
+    reader: nn.Module | None
+    source: Source
+    made: Tensor | None
+
+    @staticmethod
+    def of(plain: Tensor, site: Site, reader: nn.Module | None, source: Source) -> Reading:
+        reading: Reading = Tensor._make_wrapper_subclass(
+            Reading, plain.shape, strides=plain.stride(), dtype=plain.dtype, device=plain.device
+        )
+        reading.plain, reading.site, reading.reader, reading.source, reading.made = plain, site, reader, source, None
+        reading._is_param = isinstance(plain, nn.Parameter)  # what torch's Parameter asks for
+        return reading
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.embedding and _is_plain_lookup(args, kwargs):
+            return args[1].source.rows_of(args[1], args[0])
+        args, kwargs = _resolved((args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = _resolved((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _is_plain_lookup(args: Any, kwargs: Any) -> bool:
+    """``F.embedding(ids, table, ...)`` that renormalises nothing."""
+    named = len(args) >= 2 and type(args[1]) is Reading and type(args[0]) is not Reading
+    return named and kwargs.get("max_norm") is None and (len(args) < 4 or args[3] is None)
+
+
+def _resolved(tree: Any) -> Any:
+    return tree_map_only(Reading, lambda reading: reading.source.value_of(reading), tree)
+
+
+def can_wait(weight: Tensor) -> bool:
+    """Whether a weight can be perturbed when it is used, not yet when it is fetched."""
+    return not isinstance(weight, DTensor | FakeTensor)
+
+
+Fetch = Callable[[nn.Module, str, Tensor], Tensor]
+"""(module, name, what is there) -> what the module gets."""
+
+_OPEN: list[Fetch] = []
+_PLAIN_GETATTR = nn.Module.__getattr__
+
+
+def _getattr(module: nn.Module, name: str) -> Any:
+    got = _PLAIN_GETATTR(module, name)
+    if isinstance(got, Tensor):
+        for fetch in _OPEN:
+            got = fetch(module, name, got)
+    return got
+
+
+def _getattribute(module: nn.Module, name: str) -> Any:
+    got = object.__getattribute__(module, name)
+    if isinstance(got, Tensor) and type(got) is not Reading:
+        for fetch in _OPEN:
+            got = fetch(module, name, got)
+    return got
+
+
+@contextmanager
+def fetching(fetch: Fetch, *, of_instances: bool) -> Iterator[None]:
+    """While open, `fetch` sees every tensor that a module looks up among its parameters and buffers.
+
+    `of_instances`: those among its ordinary attributes too, where FSDP1 keeps them. Slower, so not for the others.
+    """
+    if not _OPEN:
+        nn.Module.__getattr__ = _getattr  # type: ignore[method-assign]
+    _OPEN.append(fetch)
+    if of_instances:
+        nn.Module.__getattribute__ = _getattribute  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _OPEN.remove(fetch)
+        if of_instances and "__getattribute__" in nn.Module.__dict__:
+            del nn.Module.__getattribute__
+        if not _OPEN:
+            nn.Module.__getattr__ = _PLAIN_GETATTR  # type: ignore[method-assign]
+
+
+class Bypass(TorchFunctionMode):
+    """Sees parameters that come to an operation without having been fetched from a module, and puts others in their
+    place.
+
+    `perturbed(tensor)` gives what takes a tensor's place, or the tensor itself.
+    """
+
+    def __init__(self, perturbed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._perturbed = perturbed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in METADATA and tree_any(_may_be_plain, (args, kwargs)):
+            args, kwargs = tree_map_only(Tensor, self._perturbed, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _may_be_plain(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and type(leaf) is not Reading

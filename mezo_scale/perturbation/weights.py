@@ -1,0 +1,96 @@
+"""Perturbed weights, made where they are wanted: in scratch for the time that a module runs, or to be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mezo_scale import noise
+from mezo_scale.perturbation import local
+from mezo_scale.perturbation.scratch import Scratch
+from mezo_scale.perturbation.substitute import is_half
+from mezo_scale.sharding import Runs, Site
+from mezo_scale.sharding.shard import is_normalisation
+
+Branch = tuple[int, float]
+"""(seed, scale): the weights are theta + scale * z(seed)."""
+
+
+class Weights:
+    """Makes theta + scale * z(seed) of single parameters.
+
+    Attributes:
+        dtype: of perturbed matrices; None: the weights' own.
+        distribution: "normal" or "rademacher".
+        scratch: memory that is used again from module to module.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, distribution: str, scratch: Scratch) -> None:
+        self.dtype = dtype
+        self.distribution = distribution
+        self.scratch = scratch
+        self._runs: dict[Site, Runs | None] = {}
+
+    def perturb(
+        self, site: Site, branches: Sequence[Branch], *, keep: bool = False, wide: bool = False
+    ) -> list[Tensor]:
+        """The site's weight in each branch; branches with one seed share one generation of z.
+
+        Args:
+            branches: at most two.
+            keep: in memory of its own, not in scratch.
+            wide: in float32, whatever it is stored in.
+        """
+        with torch._C.DisableTorchFunction():
+            weight = stored(site)
+            held = local.local_of(weight).detach().contiguous()
+            dtype = torch.float32 if wide else self.dtype_of(held)
+            shape = (len(branches), *held.shape)
+            if keep:
+                out = torch.empty(shape, dtype=dtype, device=held.device)
+            else:
+                out = self.scratch.take(shape, dtype, held.device)
+            if site not in self._runs:
+                self._runs[site] = local.runs_held(weight)
+            noise.view(held, site.param_id, list(branches), out, runs=self._runs[site], distribution=self.distribution)
+            return [local.like(part, weight) for part in out]
+
+    def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:
+        """Rows of a perturbed table: only those that are looked up are made."""
+        with torch._C.DisableTorchFunction():
+            table = stored(site).detach()
+            flat = ids.reshape(1, -1).long()
+            out = torch.empty(1, flat.shape[1], *table.shape[1:], dtype=self.dtype_of(table), device=table.device)
+            noise.rows(table, site.param_id, [branch], flat, out, distribution=self.distribution)
+            return out.view(*ids.shape, *table.shape[1:])
+
+    def dtype_of(self, weight: Tensor) -> torch.dtype:
+        """What a weight is perturbed in."""
+        return self.dtype if self.dtype is not None and weight.dim() > 1 else weight.dtype
+
+    def outlive(self, result: Any) -> Any:
+        """A module may return its parameter (a prompt, a token): copied, for the scratch is reused."""
+        if isinstance(result, Tensor):
+            return result.clone() if not isinstance(result, DTensor) and self.scratch.holds(result) else result
+        leaves, spec = tree_flatten(result)
+        return tree_unflatten([self.outlive(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def stored(site: Site) -> Tensor:
+    """The parameter that is at a site now: gathered, while its module runs. FSDP1 keeps it as an ordinary attribute."""
+    param = site.module._parameters.get(site.attr)
+    return param if param is not None else site.module.__dict__[site.attr]
+
+
+def is_wide(module: nn.Module) -> bool:
+    """Whether a module's perturbed weights are float32 whatever they are stored in.
+
+    Normalisation weights lie near 1, where bfloat16 numbers are 0.004 to 0.008 apart: in 16 bits a perturbation of
+    0.001 hardly moves them (docs/decisions/0005). Statistics that a module keeps in 16 bits tie it to 16 bits.
+    """
+    return is_normalisation(module) and not any(map(is_half, module.buffers(recurse=False)))
