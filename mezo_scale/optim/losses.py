@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
-from mezo_scale.perturbation import Branch, View
+from mezo_scale.perturbation import Branch, PairingError, View
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -81,48 +81,68 @@ class Estimator:
 
     def _evaluate(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """Per-row losses, float64 [branches, rows]."""
+        if not self.paired:
+            return self._apart(batch, objective, branches)
+        try:
+            return self._together(batch, objective, branches)
+        except PairingError as error:
+            reason = str(error)
+        except Exception as error:
+            if self.view.gathers:  # ranks in the middle of a forward need each other: one can't begin another alone
+                raise
+            reason = _in_words(error)
+        losses = self._apart(batch, objective, branches)  # an error that is the model's own comes again here
+        self._fall_back(reason)
+        return losses
+
+    def _together(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+        """All branches in one forward of a batch that is repeated once per branch."""
         rows = _rows(batch)
-        if self.paired:
-            tall = {key: _repeat(value, len(branches)) for key, value in batch.items()}
-            with self.view.branches(branches):
-                losses = objective(self.model, tall)
-            return _per_row(losses, len(branches) * rows).view(len(branches), rows)
-        parts = []
+        tall = {key: _repeat(value, len(branches)) for key, value in batch.items()}
+        with self.view.branches(branches):
+            losses = objective(self.model, tall)
+        return _per_row(losses, len(branches) * rows).view(len(branches), rows)
+
+    def _apart(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+        """One forward per branch."""
+        rows, parts = _rows(batch), []
         for branch in branches:
             with self.view.branches([branch]):
                 parts.append(_per_row(objective(self.model, batch), rows))
         return torch.stack(parts)
 
     def _check(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> bool:
-        """Whether pairing gives what one branch at a time gives, at perturbations large enough to tell rows apart."""
+        """Whether pairing gives what one branch at a time gives, at perturbations large enough to tell rows apart.
+
+        Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together.
+        """
         probe = [(seed, PROBE * scale) for seed, scale in branches[:2]]
-        self.paired = False
-        apart = self._evaluate(batch, objective, probe)
-        self.paired = True
+        apart = self._apart(batch, objective, probe)
         reason = ""
         try:
-            together = self._evaluate(batch, objective, probe)
+            together = self._together(batch, objective, probe)
             tolerance = 1e-3 if _widest(self.view) == torch.float32 else 3e-2
             if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"
-        except ViewError as error:
-            reason = str(error)
+        except Exception as error:
+            reason = _in_words(error)
         if collectives.max_integer(int(bool(reason))):
-            warnings.warn(
-                "the model can't evaluate several branches in one batch, so they run one at a time and every weight "
-                f"is gathered once per branch: {reason or 'another rank found so'}",
-                stacklevel=2,
-            )
+            self._fall_back(reason or "another rank found so")
             return False
-        if self.view.never_ran:
-            names = self.view.never_ran
-            warnings.warn(
-                f"{len(names)} trainable parameters belong to modules that the forward never calls "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): perturbing them has no effect, "
-                "updating them only adds noise; freeze them",
-                stacklevel=2,
-            )
         return True
+
+    def _fall_back(self, reason: str) -> None:
+        self.paired = False
+        warnings.warn(
+            "the model can't evaluate several branches in one batch, so they run one at a time and every weight "
+            f"is gathered once per branch: {reason}",
+            stacklevel=2,
+        )
+
+
+def _in_words(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, ViewError) else f"{type(error).__name__}: {text}"
 
 
 def _widest(view: View) -> torch.dtype:

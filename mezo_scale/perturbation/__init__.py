@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mezo_scale.perturbation.pairing import PairingError
 from mezo_scale.perturbation.view import View
 from mezo_scale.perturbation.weights import Branch
 
-__all__ = ["Branch", "View", "perturbed"]
+__all__ = ["Branch", "PairingError", "View", "perturbed"]
 
 
 @contextmanager

@@ -30,6 +30,10 @@ Kinds = dict[str, str]
 SHARED (no batch dim), or MIXED (none of these)."""
 
 
+class PairingError(ViewError):
+    """A call can't be evaluated in several branches at once. Raised before it runs, by all ranks that it takes."""
+
+
 class Pairing:
     """What the two small runs taught: the units, and per unit how each argument and result divides."""
 
@@ -63,7 +67,7 @@ class Pairing:
         """From those two runs to the units below ``entry``: each reader that ran, or the module around it that divides.
 
         Raises:
-            ViewError: the model's results can't be divided among the branches even as a whole.
+            PairingError: the model's results can't be divided among the branches even as a whole.
         """
         for module, two in calls[0].items():
             three = calls[1].get(module, [])
@@ -78,7 +82,7 @@ class Pairing:
         module = owner
         while not self._is_clean(module):
             if module is entry:
-                raise ViewError(
+                raise PairingError(
                     f"{type(entry).__name__} can't evaluate several branches in one batch: what "
                     f"{type(owner).__name__} takes or returns does not divide along dim 0. Evaluate one branch at a "
                     "time (paired=False), or return per-row results"

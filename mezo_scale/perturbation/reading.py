@@ -12,6 +12,7 @@ come to operations as they are; `Bypass` sees them there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -104,6 +105,14 @@ def _resolved(tree: Any) -> Any:
     return tree_map_only(Reading, lambda reading: reading.source.value_of(reading), tree)
 
 
+_GATHERING = ("torch.distributed.", "deepspeed.")
+
+
+def is_gathering(depth: int) -> bool:
+    """Whether the code that called is that of a library which moves shards, not a model's. `depth`: frames above."""
+    return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith(_GATHERING)
+
+
 def can_wait(weight: Tensor) -> bool:
     """Whether a weight can be perturbed when it is used, not yet when it is fetched."""
     return not isinstance(weight, DTensor | FakeTensor)
@@ -117,7 +126,11 @@ _PLAIN_GETATTR = nn.Module.__getattr__
 
 
 def _getattr(module: nn.Module, name: str) -> Any:
-    got = _PLAIN_GETATTR(module, name)
+    if torch._C._is_torch_function_mode_enabled():
+        with torch._C.DisableTorchFunction():  # DeepSpeed gathers in there what is not there yet
+            got = _PLAIN_GETATTR(module, name)
+    else:
+        got = _PLAIN_GETATTR(module, name)
     if isinstance(got, Tensor):
         for fetch in _OPEN:
             got = fetch(module, name, got)

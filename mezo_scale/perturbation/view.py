@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FlatParameter
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from mezo_scale import collectives
@@ -26,8 +26,9 @@ from mezo_scale.errors import ViewError
 from mezo_scale.perturbation import pairing
 from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
+from mezo_scale.perturbation.pairing import PairingError
 from mezo_scale.perturbation.readers import Readers, Running, caller
-from mezo_scale.perturbation.reading import Bypass, Reading, can_wait, fetching
+from mezo_scale.perturbation.reading import Bypass, Reading, can_wait, fetching, is_gathering
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
 from mezo_scale.perturbation.weights import Branch, Weights, is_wide, stored
@@ -63,11 +64,12 @@ class View:
         self._running = Running()
         self._pairing = pairing.Pairing(self._parents)
         self._runner = Runner(self.weights, self._pairing)
-        self._gathers = any(_is_sharded(param) for param in model.parameters())
+        self.gathers = _gathers(model)
         self._in_instances = any(site.attr not in site.module._parameters for site in self.layout.sites)
         self._learning = False
         self._settled = False  # whether an evaluation has shown who reads what
         self._bypassed: set[Site] = set()
+        self._memory: dict[int | None, Site] = {}  # while learning, where the parameters lie
         self._counted: set[nn.Module] = set()
         self._entry: nn.Module | None = None
         self._opened = ExitStack()
@@ -116,12 +118,15 @@ class View:
     def _learn(self) -> Iterator[None]:
         """Inside, every read is followed to its reader; afterwards those are known."""
         self._learning = True
+        if not self.gathers:
+            self._memory = {_memory_of(stored(site)): site for site in self._readers.sites}
         try:
             with self._running.follow(self.model), Bypass(self._instead_of):
                 yield
             self._settled = True
         finally:
             self._learning = False
+            self._memory = {}
             self._readers.settle()
 
     def _watch_entries(self, stack: ExitStack) -> None:
@@ -167,12 +172,14 @@ class View:
                 error = met
             news = 2 * self._most(int(error is not None))
         if error is not None:
-            raise error
+            raise PairingError(
+                str(error) if isinstance(error, ViewError) else f"{type(error).__name__}: {error}"
+            ) from error
         if news == 2:
-            raise ViewError("another rank's batch can't be evaluated in several branches at once")
+            raise PairingError("another rank's batch can't be evaluated in several branches at once")
 
     def _most(self, value: int) -> int:
-        return collectives.max_integer(value) if self._gathers else value
+        return collectives.max_integer(value) if self.gathers else value
 
     def _learn_pairing(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
         active, self._runner.active = self._runner.active, (0,)
@@ -236,7 +243,7 @@ class View:
     def _fetch(self, module: nn.Module, name: str, got: Tensor) -> Tensor:
         """What a module gets that asks for a tensor of its own or of another module."""
         site = self._at.get((module, name))
-        if site is None or site in self._runner.held:
+        if site is None or site in self._runner.held or is_gathering(2):
             return got
         reading = Reading.of(got, site, self._running.module if self._learning else None, self)
         return reading if can_wait(got) else self.value_of(reading)
@@ -295,26 +302,25 @@ class View:
         """
         if isinstance(tensor, nn.Parameter):
             return next((site for site in self._readers.sites if stored(site) is tensor), None)
-        if self._learning and not self._gathers and type(tensor) is Tensor and not tensor.is_meta:
-            place = _memory_of(tensor)
-            for site in self._readers.sites if place is not None else ():
-                if site not in self._runner.held and _memory_of(stored(site)) == place:
-                    raise ViewError(
-                        f"{site.name} is read through another tensor that shares its memory, which can't be perturbed: "
-                        "read it as an attribute of its module"
-                    )
+        site = self._memory.get(_memory_of(tensor)) if self._memory and type(tensor) is Tensor else None
+        if site is not None and site not in self._runner.held:
+            raise ViewError(
+                f"{site.name} is read through another tensor that shares its memory, which can't be perturbed: read it "
+                "as an attribute of its module"
+            )
         return None
 
 
-def _is_sharded(param: Tensor) -> bool:
-    """Whether a forward pass gathers the parameter from other ranks."""
-    return isinstance(param, DTensor | FlatParameter) or hasattr(param, "ds_id")
+def _gathers(model: nn.Module) -> bool:
+    """Whether a forward pass of the model gathers parameters from other ranks."""
+    fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return fsdp1 or any(isinstance(param, DTensor) or hasattr(param, "ds_id") for param in model.parameters())
 
 
 def _memory_of(tensor: Tensor) -> int | None:
     with torch._C.DisableTorchFunction():
         try:
-            return tensor.untyped_storage()._cdata
+            return int(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):  # sparse ones, and those inside vmap, have no one memory
             return None
 

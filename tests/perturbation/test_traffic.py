@@ -38,13 +38,16 @@ CELLS.remove(("zero3", "t5"))
 
 
 @pytest.mark.parametrize(("layout", "name"), CELLS)
-def test_a_step_gathers_each_weight_once_and_reduces_once(ranks: Ranks, layout: str, name: str) -> None:
+def test_a_step_gathers_each_weight_once_and_reduces_a_few_bytes(ranks: Ranks, layout: str, name: str) -> None:
     for bare, step, size in ranks(2, traffic_of, layout=layout, name=name, num_directions=1):
         assert gathers(step) == gathers(bare)
         gathered = sum(map(sum, gathers(step).values()))
         assert size <= gathered <= 1.3 * size  # shards are padded
         rest = {key: value for key, value in step.items() if key not in gathers(step)}
-        assert [key for key, sizes in rest.items() for _ in sizes] == ["c10d::allreduce_"]
+        # 8 bytes before the forward: does any rank have to learn a new kind of call? And the losses after it.
+        assert list(rest) == ["c10d::allreduce_"]
+        assert rest["c10d::allreduce_"][0] == 8
+        assert len(rest["c10d::allreduce_"]) == 2
 
 
 def test_zero3_gathers_again_only_what_runs_branch_by_branch(ranks: Ranks) -> None:
@@ -58,4 +61,4 @@ def test_another_direction_costs_sixteen_bytes(ranks: Ranks, layout: str) -> Non
     _, one, _ = ranks(2, traffic_of, layout=layout, name="llama", num_directions=1)[0]
     _, four, _ = ranks(2, traffic_of, layout=layout, name="llama", num_directions=4)[0]
     assert gathers(four) == gathers(one)
-    assert four["c10d::allreduce_"][0] - one["c10d::allreduce_"][0] == 3 * 16
+    assert four["c10d::allreduce_"][-1] - one["c10d::allreduce_"][-1] == 3 * 16
