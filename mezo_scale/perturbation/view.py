@@ -97,7 +97,7 @@ class View:
         with ExitStack() as stack:
             stack.callback(self._close)
             self._opened, self._given = stack, set()
-            stack.enter_context(run_eagerly())
+            stack.enter_context(run_eagerly(self.model))
             stack.enter_context(fetching(self._fetch, of_instances=self._in_instances))
             self._give_to([*self._owners, *self._readers.by_module, *self._pairing.units])
             if len(branches) > 1:
@@ -136,6 +136,7 @@ class View:
             while (parent := self._parents.get(module)) is not None and parent not in modules:
                 modules.add(parent)
                 module = parent
+        self._give_to(modules)  # a call has looked up its forward before the hook learns that the module is a unit
         for module in modules:
             before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
             after = module.register_forward_hook(self._leave, always_call=True)
