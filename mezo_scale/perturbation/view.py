@@ -74,6 +74,7 @@ class View:
         self._entry: nn.Module | None = None
         self._opened = ExitStack()
         self._given: set[nn.Module] = set()
+        self._watching = False
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -96,7 +97,7 @@ class View:
         self._runner.active = tuple(range(len(branches)))
         with ExitStack() as stack:
             stack.callback(self._close)
-            self._opened, self._given = stack, set()
+            self._opened, self._given, self._watching = stack, set(), False
             stack.enter_context(run_eagerly(self.model))
             stack.enter_context(fetching(self._fetch, of_instances=self._in_instances))
             self._give_to([*self._owners, *self._readers.by_module, *self._pairing.units])
@@ -104,10 +105,15 @@ class View:
                 self._watch_entries(stack)
             elif not self._settled:
                 stack.enter_context(self._learn())
-            if self._bypassed and not self._learning:
-                stack.enter_context(Bypass(self._instead_of))
+            self._watch_bypasses()
             with torch.no_grad():
                 yield
+
+    def _watch_bypasses(self) -> None:
+        """From now on in this opening, if there are parameters that come to operations without being fetched."""
+        if self._bypassed and not self._watching:
+            self._watching = True
+            self._opened.enter_context(Bypass(self._instead_of))
 
     def _close(self) -> None:
         self._runner.branches, self._runner.active, self._runner.held, self._entry = [], (), set(), None
@@ -191,6 +197,7 @@ class View:
             self._runner.active = active
         self._pairing.settle(module, args, kwargs, calls, self._readers.by_module)
         self._give_to([*self._readers.by_module, *self._pairing.units])
+        self._watch_bypasses()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self._entry and not self._learning:
