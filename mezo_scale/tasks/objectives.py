@@ -57,5 +57,5 @@ def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
     return logits[:, -keep:].float()
