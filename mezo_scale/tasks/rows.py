@@ -28,7 +28,7 @@ def read_parts(section: TaskSection) -> dict[str, list[Row]]:
     elif path.is_file():
         parts = {"all": _of_subset(read_table(path), section, path)}
     else:
-        raise RecipeError(f"task.data: there is no file {section.data}; expected {_types()} with a header or keys")
+        raise RecipeError(f"task.data: there is no file {section.data}; expected one in {_types()}")
     for name, rows in parts.items():
         if not rows:
             where = f" in {name}" if len(parts) > 1 else ""
@@ -150,4 +150,4 @@ def _from_hub(section: TaskSection) -> list[Row]:
 
 
 def _types() -> str:
-    return " or ".join(READERS)
+    return ", ".join(READERS)

@@ -34,7 +34,7 @@ def load(section: TaskSection) -> Splits:
             elif first.label != example.label:
                 raise RecipeError(
                     f"task.data: {where.place} and {row.place} have one text, but the labels {first.label} and "
-                    f"{example.label}: keep one of them"
+                    f"{example.label}: keep one of them, or name a column in task.template that tells them apart"
                 )
         if not parts[name]:
             raise RecipeError(f"task.data: {section.data} has no example in {name} that is not in another part")

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,13 @@ def _lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def _delimited(file: BinaryIO, name: str, delimiter: str, called: str) -> Iterator[Row]:
+    rows = list(_records(file, name, delimiter, called))
+    if rows:
+        _check_quotes(rows, delimiter)
+    return iter(rows)
+
+
+def _records(file: BinaryIO, name: str, delimiter: str, called: str) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(_lines(file, name), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -98,6 +106,22 @@ def _delimited(file: BinaryIO, name: str, delimiter: str, called: str) -> Iterat
             )
         else:
             yield Row(dict(zip(header, fields, strict=True)), place)
+
+
+def _check_quotes(rows: Sequence[Row], delimiter: str) -> None:
+    """Two stray quotes make one field of all the rows between them; it then has lines that begin or end as rows do."""
+    columns = list(rows[0].fields)
+    begins, ends = ({row.fields[column] for row in rows} - {""} for column in (columns[0], columns[-1]))
+    for row in rows:
+        for value in row.fields.values():
+            lines = re.split(r"\r\n|\r|\n", value)
+            rows_begun = [line for line in lines[1:] if delimiter in line and line.partition(delimiter)[0] in begins]
+            rows_ended = [line for line in lines[:-1] if delimiter in line and line.rpartition(delimiter)[2] in ends]
+            for line in (*rows_begun, *rows_ended):
+                raise RecipeError(
+                    f"task.data: {row.place} has what looks like a row of its own in a quoted field, {line!r:.60}: "
+                    "double the quotes that are text and quote the field, or write the data as JSONL"
+                )
 
 
 def _check_header(header: Sequence[str], place: str, called: str) -> None:

@@ -1,5 +1,6 @@
 """Splits in a model's tokens: the same on every rank, and no longer than the model has positions for."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from mezo_scale.runs.session import train
 from mezo_scale.runs.splits import EncodedSplits, _table_length
 from mezo_scale.tasks.encoding import Encoded
 from tests.support import material
+from tests.support.fixtures import ROOT
+from tests.support.launch import BIN, Launch
 from tests.support.pool import Ranks
 
 EXAMPLES = [Encoded((5, 6, 7), ((8,), (9,)), 1), Encoded((5, 6), ((8,), (9, 4)), 0)]
@@ -65,6 +68,21 @@ def test_ranks_with_other_examples_are_named_by_all(ranks: Ranks) -> None:
     (said,) = set(ranks(3, compared, lacking=[1, 2], hosts=[]))
     assert said is not None
     assert said.startswith("task.data: rank 1, rank 2 found other examples or tokens than rank 0: give")
+
+
+def test_two_nodes_with_different_files_stop_with_one_line(launch: Launch, recipe_file: Path, tmp_path: Path) -> None:
+    lines = material.write_reviews(tmp_path / "all.csv").read_text().splitlines(keepends=True)
+    for rank, rows in (("0", lines), ("1", lines[:-1])):  # as on two nodes with disks of their own
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "data.csv").write_text("".join(rows))
+    python = f'cd {tmp_path}/$RANK && PYTHONPATH={ROOT} exec {sys.executable} -m mezo_scale.cli "$@"'
+    torchrun = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", python, "bash")
+    done = launch(*torchrun, "train", recipe_file, "task.data=./data.csv", "strategy=fsdp2")
+    assert done.code != 0
+    assert done.output.count("error: task.data: rank 1 on ") == 1
+    assert done.output.count("error: ") == 1
+    assert "exitcode  : 2" in done.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_table_of_positions_is_found_whatever_its_name() -> None:

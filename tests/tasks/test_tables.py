@@ -71,7 +71,7 @@ def test_every_type_of_file_gives_the_same_examples(tmp_path: Path, name: str) -
     assert load(tmp_path, name, WRITTEN[name]()) == dict(ROWS)
 
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0,\t"), min_size=1).filter(str.strip)
 
 
 @given(st.lists(TEXT, min_size=3, unique_by=str.strip))
@@ -85,6 +85,13 @@ def test_every_text_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPa
     ):
         (folder / name).write_bytes(content.encode())
         assert [row.fields["text"] for row in read_table(folder / name)] == texts
+
+
+def test_separators_quotes_and_line_breaks_inside_a_text_are_the_text(tmp_path: Path) -> None:
+    texts = ["a, b\nc, d", 'she said "no"\n', "one\ttwo\r\nthree", "1,\n,1x", ',"', '\t"\t']
+    rows = [(text, n % 2) for n, text in enumerate(texts)]
+    assert load(tmp_path, "d.csv", table(rows=rows), train=4, dev=1, test=1) == dict(rows)
+    assert load(tmp_path, "d.tsv", table(rows=rows, delimiter="\t"), train=4, dev=1, test=1) == dict(rows)
 
 
 def test_values_are_not_converted(tmp_path: Path) -> None:
@@ -120,7 +127,18 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
         table(delimiter=";"),
         "line 1 of .* the header, has one column, 'text;label': expected several, with a comma",
     ),
+    (
+        "d.csv",
+        'text,label\n" a mess ,0\nfine,1\nit works . ",1\n',
+        "line 2 of .* has what looks like a row .* field, 'fine,1'",
+    ),
+    (
+        "d.tsv",
+        'label\ttext\n0\ta bore\n1\t" a mess\n0\tit works . "\n',
+        "line 3 of .* looks like a row .* field, .0.{1,3}it works",
+    ),
     ("d.tsv", table(), "the header, has one column, 'text,label': expected several, with a tab"),
+    ("d.csv", ",,\na,b,0\n", "line 2 of .* has no column 'text'"),
     ("d.csv", "text,text,label\na,b,0\n", "line 1 of .* names 'text' twice"),
     (
         "d.csv",
@@ -213,7 +231,5 @@ def test_a_message_about_a_table_without_a_header_stays_short(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["absent.tsv", "absent.jsonl", "a/absent.parquet", "absent.json", "absent.jsonl.gz"])
 def test_an_absent_file_of_any_type_is_not_looked_for_on_the_hub(name: str) -> None:
-    with pytest.raises(
-        RecipeError, match=f"there is no file {name}; expected .csv or .tsv or .jsonl or .json or .parq"
-    ):
+    with pytest.raises(RecipeError, match=f"there is no file {name}; expected one in .csv, .tsv, .jsonl, .json, .parq"):
         tasks.load(TaskSection(data=name))
