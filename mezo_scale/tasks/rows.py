@@ -49,7 +49,8 @@ def fill(template: str, row: Row) -> str:
         return _Filler(row).vformat(template, (), row.fields)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise RecipeError(
-            f"task.template {template!r}: {row.place} can't fill it ({error}); it has {shown(list(row.fields))}"
+            f"task.template {template!r}: {row.place} can't fill it ({shown([error], 200)}); it has "
+            f"{shown(list(row.fields))}"
         ) from None
 
 
@@ -80,7 +81,7 @@ class _Filler(string.Formatter):
         value, key = super().get_field(field_name, args, kwargs)
         problem = _unlike_text(value)
         if problem:
-            raise RecipeError(f"task.data: {self.row.place} has {problem} in {field_name}, expected text")
+            raise RecipeError(f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text")
         return value, key
 
 
@@ -142,9 +143,8 @@ def _from_hub(section: TaskSection) -> list[Row]:
     try:
         rows = list(load_dataset(section.data, section.subset, split="train"))
     except Exception as error:  # the hub's client has a dozen roots of its own
-        reason = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"task.data: {section.data!r} is neither a file nor a dataset that the hub gives ({reason})"
+            f"task.data: {section.data!r} is neither a file nor a dataset that the hub gives ({shown([error], 200)})"
         ) from None
     return [Row(fields, f"row {number} of {section.data}") for number, fields in enumerate(rows, 1)]
 

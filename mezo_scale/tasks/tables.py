@@ -52,13 +52,13 @@ def read_table(path: Path) -> list[Row]:
         byte = error.object[error.start]
         raise RecipeError(f"task.data: {path} is not text in UTF-8 (found the byte {byte:#04x}): save it so") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise RecipeError(f"task.data: {path} can't be read ({error}): give a whole file") from None
+        raise RecipeError(f"task.data: {path} can't be read ({shown([error], 200)}): give a whole file") from None
 
 
-def shown(values: Sequence[object]) -> str:
-    """Values for one line of a message, cut where they are long or many."""
+def shown(values: Sequence[object], longest: int = 40) -> str:
+    """Values for one line of a message, cut where they are many or have more than `longest` characters."""
     more = f" and {len(values) - 12} more" if len(values) > 12 else ""
-    return ", ".join(f"{value!s:.40}" for value in values[:12]) + more
+    return ", ".join(" ".join(str(value).split())[:longest] for value in values[:12]) + more
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -184,8 +184,9 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
         _check_names(table.column_names, name)
         rows = table.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"task.data: {name} is not a Parquet file ({reason}): give a whole one") from None
+        raise RecipeError(
+            f"task.data: {name} is not a Parquet file ({shown([error], 200)}): give a whole one"
+        ) from None
     for number, fields in enumerate(rows, 1):
         yield Row(fields, f"row {number} of {name}")
 

@@ -183,6 +183,12 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("d.json", '{"text": "a", "label": 0}', r"d\.json holds one dict, expected an array of objects"),
     ("d.json", '[{"text": "a", "label": 0}, 3]', r"row 2 of .*d\.json holds one int, expected an object"),
     ("d.json", "", r"d\.json has no rows"),
+    ("d.csv", table(("te\nxt", "label")), "has no column 'text' .* it has te xt, label"),
+    (
+        "d.parquet",
+        WRITTEN["d.parquet"]()[:-200] + b"\x0f" * 192 + WRITTEN["d.parquet"]()[-8:],
+        "can't be read .*: give a",
+    ),
     ("d.parquet", table(), r"d\.parquet is not a Parquet file"),
     (
         "d.parquet",
