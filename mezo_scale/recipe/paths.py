@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".gz")
+
 
 def means_disk(name: str) -> bool:
     """Whether a name of a model or of data can only be a path: hub names are `name` or `owner/name`."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".csv")
+    looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_FILES)
+    return looks or Path(name).exists()

@@ -54,12 +54,17 @@ class TaskSection(Section):
     """The task and its data."""
 
     name: str = Field("sentiment", description="Which task reads the data and poses the question.")
-    data: str = Field(description="A CSV file, or the name of a dataset on the hub.")
+    data: str = Field(
+        description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
+        "with one such file each for train, validation and test; or the name of a dataset on the hub (its train split)."
+    )
     subset: str | None = Field(
         None, description="Only the rows whose `source` column says this; for a dataset on the hub its configuration."
     )
     template: str | None = Field(
-        None, description="The prompt, with the example's fields in braces; null means the task's own."
+        None,
+        description="The prompt, with the example's fields in braces, used exactly as written (white space included); "
+        "null means the task's own.",
     )
     candidates: tuple[str, ...] | None = Field(
         None,
@@ -67,12 +72,15 @@ class TaskSection(Section):
         min_length=2,
         description="The answers, one per label and in the order of the labels; null means the task's own.",
     )
-    train: int = Field(1000, ge=1, description="Examples to train on.")
-    dev: int = Field(500, ge=1, description="Examples to evaluate on during the run.")
-    test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them.")
+    train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
+    dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
+    test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them. Likewise.")
     split_seed: int = Field(0, ge=0, lt=2**63, description="Seed of the permutation that splits the examples.")
     max_length: int = Field(
-        256, ge=8, description="Longest sequence in tokens; the beginning of a longer prompt is cut off."
+        256,
+        ge=8,
+        description="Longest sequence in tokens; the beginning of a longer prompt is cut off. A model with a table of "
+        "positions must have as many.",
     )
 
 

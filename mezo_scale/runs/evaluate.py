@@ -91,6 +91,7 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Eval
         with world.together():
             models.check(recipe, world)
             splits = EncodedSplits.read(recipe)
+        splits.check_same(world)
         loaded = models.load(recipe, world)
         screen = Screen(world)
         steps = 0

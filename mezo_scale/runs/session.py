@@ -55,6 +55,7 @@ def train(recipe: Recipe) -> None:
                 )
             done = _steps_done(recipe, run) if world.rank == 0 else 0
             splits = EncodedSplits.read(recipe)
+        splits.check_same(world)
         world.check_shared(run.path)
         Trainer(recipe, world, run, splits).go(max_integer(done))
 

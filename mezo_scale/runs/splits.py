@@ -1,12 +1,23 @@
-"""A task's splits, ready for a model."""
+"""A task's splits, ready for a model, and the same on every rank."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
 
 from mezo_scale import tasks
+from mezo_scale.collectives import gather_integers
+from mezo_scale.distributed.world import World
+from mezo_scale.errors import RecipeError, SharedError
 from mezo_scale.models import checkpoints
 from mezo_scale.recipe import Recipe
 from mezo_scale.tasks.encoding import Encoded, encode
+
+_POSITIONS = re.compile(r"wpe|positions?_(?!bias)|_positions?|\bpos_|_pos\b")  # in names of modules and buffers
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,59 @@ class EncodedSplits:
     @classmethod
     def read(cls, recipe: Recipe) -> "EncodedSplits":
         """Raises RecipeError or ModelError if the data or the tokenizer is not there or does not fit."""
+        _check_positions(recipe)
         splits = tasks.load(recipe.task)
         tokenizer = checkpoints.load_tokenizer(recipe.model.name)
         parts = (splits.train, splits.dev, splits.test)
         return cls(*([encode(example, tokenizer, recipe.task.max_length) for example in part] for part in parts))
+
+    def digest(self) -> int:
+        """The first 64 bits of a SHA-256 of every token and label in order, signed."""
+        return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:8], "little", signed=True)
+
+    def check_same(self, world: World) -> None:
+        """Every rank calls it: they share the steps out by number, so that number must be the same example on all.
+
+        Raises:
+            SharedError: on every rank, naming those whose splits are not rank 0's.
+        """
+        digests = gather_integers(self.digest())
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+            names = ", ".join(_name(rank, world) for rank in others[:8])
+            raise SharedError(
+                f"task.data: {names}{more} found other examples or tokens than {_name(0, world)}: give all nodes the "
+                "same files of the data and the tokenizer"
+            )
+
+
+def _name(rank: int, world: World) -> str:
+    return f"rank {rank}" + (f" on {world.present[rank].host}" if world.present else "")
+
+
+def _check_positions(recipe: Recipe) -> None:
+    """Raises RecipeError if a sequence could run over the end of the model's table of positions."""
+    positions = _table_length(checkpoints.find(recipe.model.name))
+    if positions is not None and recipe.task.max_length > positions:
+        raise RecipeError(
+            f"task.max_length is {recipe.task.max_length}, but {recipe.model.name} has {positions} positions: ask for "
+            f"at most task.max_length={positions}"
+        )
+
+
+def _table_length(config: Any) -> int | None:
+    """How many positions a model has a table for; None where it computes them, and running longer does not fail."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lengths = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        named = _POSITIONS.search(owner.rpartition(".")[2]) or (leaf != "weight" and _POSITIONS.search(leaf))
+        if named and tensor.dim() == 2 and tensor.is_floating_point() and not hasattr(module, "make_weights"):
+            # Some tables begin with rows that no position takes.
+            padding = getattr(module, "padding_idx", None)
+            unused = getattr(module, "offset", 0) + (0 if padding is None else padding + 1)
+            lengths.append(tensor.shape[0] - unused)
+    return max(lengths, default=None)

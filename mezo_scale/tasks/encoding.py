@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mezo_scale.errors import RecipeError
+from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.tasks.example import Example
 
 Batch = dict[str, torch.Tensor]
@@ -34,23 +34,39 @@ class Encoded:
 def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     """Tokenizes an example. A long prompt loses its beginning (but not a BOS token), never its end.
 
-    A candidate's tokens are what follows the prompt's in the tokens of the two together, so that tokenizers which mark
-    the beginning of a text do not mark the candidate.
+    What is scored are always the tokens of the whole text, prompt and candidate in one: where a tokenizer joins the end
+    of a prompt with what follows, the boundary moves back to the last place that all candidates and the prompt share.
 
     Raises:
-        RecipeError: if a candidate is longer than max_length, or has no tokens.
+        RecipeError: if a candidate adds no tokens, has too many for max_length, or has those of another; or if prompt
+            and candidates share no beginning.
     """
-    prompt = _open_tokens(tokenizer, example.prompt)
-    candidates = [_open_tokens(tokenizer, example.prompt + text)[len(prompt) :] for text in example.candidates]
-    room = max_length - max(map(len, candidates))
-    if min(map(len, candidates)) == 0 or room < 2:
+    alone, lead = _open_tokens(tokenizer, example.prompt)
+    wholes = [_open_tokens(tokenizer, example.prompt + text)[0] for text in example.candidates]
+    names = list(example.candidates)
+    if any(whole == alone for whole in wholes):
+        none = names[wholes.index(alone)]
         raise RecipeError(
-            f"task.candidates {list(example.candidates)} have {sorted(map(len, candidates))} tokens, expected between "
+            f"task.candidates {names}: {none!r} adds no tokens to the prompt, expected at least 1: change it"
+        )
+    if len({tuple(whole) for whole in wholes}) < len(wholes):
+        raise RecipeError(f"task.candidates {names}: two of them are the same tokens to this model: change one")
+    shared = min(_common_prefix([alone, *wholes]), min(map(len, wholes)) - 1)
+    if shared < 1:
+        raise RecipeError(
+            f"task.template gives the prompt {example.prompt!r:.60}, which has no tokens that stay the same before "
+            f"{names}: give it a longer one"
+        )
+    prompt, candidates = alone[:shared], [whole[shared:] for whole in wholes]
+    room = max_length - max(map(len, candidates))
+    if room < 2:
+        raise RecipeError(
+            f"task.candidates {names} have {sorted(map(len, candidates))} tokens, expected between "
             f"1 and task.max_length ({max_length}) - 2: change the one or the other"
         )
-    if len(prompt) > room:
-        head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-        prompt = head + prompt[len(prompt) - room + len(head) :]
+    if shared > room:
+        head = prompt[: min(lead or int(prompt[0] == tokenizer.bos_token_id), room - 1)]
+        prompt = head + prompt[shared - room + len(head) :]
     return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label)
 
 
@@ -96,11 +112,20 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
     }
 
 
-def _open_tokens(tokenizer: Any, text: str) -> list[int]:
-    # Without the end-of-text token that some tokenizers append: the text goes on. OPT's first token is the same one.
-    tokens = tokenizer(text)["input_ids"]
-    ends = bool(tokens) and tokens[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id
-    return tokens[:-1] if ends else tokens
+def _open_tokens(tokenizer: Any, text: str) -> tuple[list[int], int]:
+    """A text's tokens, and how many of them the tokenizer puts before it. Those after it are dropped: it goes on."""
+    tokens = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for end in range(len(tokens), len(plain) - 1, -1):
+        if tokens[end - len(plain) : end] == plain:
+            return tokens[:end], end - len(plain)
+    raise ModelError(f"the tokenizer has special tokens inside {text!r:.60}, expected around it: give another model")
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return next((n for n, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
 
 
 def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

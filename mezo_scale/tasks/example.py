@@ -43,5 +43,10 @@ def split(examples: Sequence[Example], train: int, dev: int, test: int, seed: in
             f"task.train {train} + task.dev {dev} + task.test {test} = {asked}, but the data has {len(examples)} "
             "different examples: ask for fewer"
         )
-    drawn = [examples[index] for index in permutation(seed, 0, len(examples))]
-    return Splits(test=tuple(drawn[:test]), dev=tuple(drawn[test : test + dev]), train=tuple(drawn[test + dev : asked]))
+    drawn = draw(examples, asked, seed)
+    return Splits(test=drawn[:test], dev=drawn[test : test + dev], train=drawn[test + dev :])
+
+
+def draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
+    """The first `count` examples of a seeded permutation, or all of them where there are fewer."""
+    return tuple(examples[index] for index in permutation(seed, 0, len(examples))[:count])

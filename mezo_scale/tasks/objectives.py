@@ -54,8 +54,16 @@ def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
     accepted = inspect.signature(model.forward).parameters
     if "position_ids" in accepted:
         # Counted from the first real token, one row per row: a model's own table would count the padding too.
-        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0) + _first_position(model)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
     return logits[:, -keep:].float()
+
+
+def _first_position(model: nn.Module) -> int:
+    """What a model calls the position of a text's first token: RoBERTa and its kin count from behind a padding row."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0

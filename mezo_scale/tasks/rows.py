@@ -1,61 +1,153 @@
-"""Labelled rows from a CSV file or from a dataset on the hub."""
+"""Rows of a task's data, wherever they lie, and what a task takes from them: texts and labels, checked."""
 
-import csv
-from collections.abc import Mapping
+import difflib
+import math
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection, means_disk
+from mezo_scale.tasks.tables import READERS, Row, kind_of, read_table, shown
+
+GIVEN = ("test", "validation", "train")  # the files of a folder whose data comes split
 
 
-def read_rows(section: TaskSection) -> list[Mapping[str, Any]]:
-    """All rows of `section.data`; of a dataset on the hub its train split.
+def read_parts(section: TaskSection) -> dict[str, list[Row]]:
+    """All rows of `section.data`: of a folder by the names in GIVEN, else under one name. Of the hub, its train split.
 
     Raises:
         RecipeError: if the data is missing, unreadable or empty.
     """
-    rows = _from_csv(section) if means_disk(section.data) else _from_hub(section)
-    if not rows:
-        raise RecipeError(f"task.data: {section.data} has no rows" + _of_subset(section))
-    return rows
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's fields in its braces. Raises RecipeError if it names a field the row lacks."""
-    try:
-        return template.format_map(row)
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise RecipeError(f"task.template {template!r}: found {error}, the data has {', '.join(row)}") from None
-
-
-def _from_csv(section: TaskSection) -> list[Mapping[str, Any]]:
     path = Path(section.data)
-    if not path.is_file():
-        raise RecipeError(f"task.data: there is no file {section.data}; expected a CSV file with a header")
+    if not means_disk(section.data):
+        parts = {"all": _from_hub(section)}
+    elif path.is_dir():
+        parts = {name: _of_subset(read_table(file), section, file) for name, file in _files(path).items()}
+    elif path.is_file():
+        parts = {"all": _of_subset(read_table(path), section, path)}
+    else:
+        raise RecipeError(f"task.data: there is no file {section.data}; expected one in {_types()}")
+    for name, rows in parts.items():
+        if not rows:
+            where = f" in {name}" if len(parts) > 1 else ""
+            subset = "" if section.subset is None else f" with the source {section.subset!r}"
+            raise RecipeError(f"task.data: {section.data} has no rows{where}{subset}")
+    return parts
+
+
+def fill(template: str, row: Row) -> str:
+    """The template, exactly as it is written, with the row's fields in its braces.
+
+    Raises:
+        RecipeError: if it names a field that the row lacks or has no text in, or none at all.
+    """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"task.data: {path} is not a CSV file in UTF-8 ({error})") from None
-    if section.subset is None or not rows:
-        return rows
-    if "source" not in rows[0]:
-        raise RecipeError(f"task.subset is {section.subset!r}, but {path} has no column `source`: leave it out")
-    return [row for row in rows if row["source"] == section.subset]
-
-
-def _from_hub(section: TaskSection) -> list[Mapping[str, Any]]:
-    from datasets import load_dataset  # seconds to import, and only for those who need it
-
-    try:
-        return list(load_dataset(section.data, section.subset, split="train"))
-    except Exception as error:  # the hub's client has a dozen roots of its own
-        reason = " ".join(str(error).split())[:200]
+        if not any(name is not None for _, name, _, _ in string.Formatter().parse(template)):
+            raise RecipeError(f"task.template {template!r} names no column, expected one in braces, as in {{text}}")
+        return _Filler(row).vformat(template, (), row.fields)
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise RecipeError(
-            f"task.data: {section.data!r} is neither a file nor a dataset that the hub gives ({reason})"
+            f"task.template {template!r}: {row.place} can't fill it ({shown([error], 200)}); it has "
+            f"{shown(list(row.fields))}"
         ) from None
 
 
-def _of_subset(section: TaskSection) -> str:
-    return "" if section.subset is None else f" with the source {section.subset!r}"
+def label_of(row: Row, count: int) -> int:
+    """The number in the column `label`. Raises RecipeError unless it is one of 0 to count - 1, written as such."""
+    value = _column(row, "label", "rename the one that is meant")
+    # 1.0, true and "01" are what other programs make of labels, and of much else.
+    known = range(count) if isinstance(value, int) and not isinstance(value, bool) else [str(n) for n in range(count)]
+    if value not in known:
+        raise RecipeError(
+            f"task.data: {row.place} has the label {value!r:.60}, expected 0 to {count - 1}, the number of a candidate"
+        )
+    return int(value)
+
+
+class _Filler(string.Formatter):
+    """Fills a template with text and numbers of one row, and nothing else."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if isinstance(key, int):
+            raise ValueError("braces without a name")
+        return _column(self.row, key, "name one of them in task.template")
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        value, key = super().get_field(field_name, args, kwargs)
+        problem = _unlike_text(value)
+        if problem:
+            raise RecipeError(f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text")
+        return value, key
+
+
+def _unlike_text(value: Any) -> str | None:
+    """What a value is if it can't stand in a prompt."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "no text"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return f"a {type(value).__name__}"
+    if isinstance(value, str):
+        if not value.strip():
+            return "no text"
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            return "half a surrogate pair"
+    return None
+
+
+def _column(row: Row, name: str, remedy: str) -> Any:
+    if name in row.fields:
+        return row.fields[name]
+    names = {str(column).lower(): str(column) for column in row.fields}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    nearest = f" (did you mean {names[close[0]]!r:.60}?)" if close else ""
+    raise RecipeError(
+        f"task.data: {row.place} has no column {name!r}{nearest}; it has {shown(list(row.fields))}: {remedy}"
+    )
+
+
+def _of_subset(rows: list[Row], section: TaskSection, path: Path) -> list[Row]:
+    if section.subset is None:
+        return rows
+    lacking = next((row for row in rows if "source" not in row.fields), None)
+    if lacking is not None:
+        raise RecipeError(
+            f"task.subset is {section.subset!r}, but {lacking.place} has no column `source`: leave it out"
+        )
+    return [row for row in rows if row.fields["source"] == section.subset]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The one file of each part."""
+    found: dict[str, list[Path]] = {name: [] for name in GIVEN}
+    for path in sorted(folder.iterdir()):
+        if path.name.split(".")[0] in found and kind_of(path) and path.is_file():
+            found[path.name.split(".")[0]].append(path)
+    for name, paths in found.items():
+        if len(paths) != 1:
+            what = f"{paths[0].name} and {paths[1].name}" if paths else f"no {name} file"
+            raise RecipeError(
+                f"task.data: {folder} is a folder with {what}; expected a file, or a folder with one file for each of "
+                f"{', '.join(reversed(GIVEN))} ({_types()})"
+            )
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def _from_hub(section: TaskSection) -> list[Row]:
+    from datasets import load_dataset  # seconds to import, and only for those who need it
+
+    try:
+        rows = list(load_dataset(section.data, section.subset, split="train"))
+    except Exception as error:  # the hub's client has a dozen roots of its own
+        raise RecipeError(
+            f"task.data: {section.data!r} is neither a file nor a dataset that the hub gives ({shown([error], 200)})"
+        ) from None
+    return [Row(fields, f"row {number} of {section.data}") for number, fields in enumerate(rows, 1)]
+
+
+def _types() -> str:
+    return ", ".join(READERS)

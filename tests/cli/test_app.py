@@ -61,7 +61,7 @@ def test_recipe_prints_the_reference_page(run: Run) -> None:
         (["optimizer.lr=0"], "optimizer.lr: found 0 (an integer), expected greater than 0"),
         (["optimizer.eps=.inf"], "optimizer.eps: found inf (a number), expected a finite number"),
         (["model.name=./nowhere"], "model.name: there is no folder ./nowhere; expected a Hugging Face checkpoint"),
-        (["task.data=./nowhere.csv"], "task.data: there is no file ./nowhere.csv; expected a CSV file with a header"),
+        (["task.data=./nowhere.csv"], "task.data: there is no file ./nowhere.csv; expected one in .csv,"),
         (["task.name=sentimental"], "task.name: found 'sentimental'; did you mean sentiment?"),
         (["task.train=5000"], "but the data has 128 different examples: ask for fewer"),
         (["sharding.replicate=2"], "sharding.replicate is 2, but sharding.strategy is single"),

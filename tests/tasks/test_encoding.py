@@ -37,8 +37,9 @@ class WithEnds:
 
     bos_token_id, eos_token_id = 1, 2
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [1, *(ord(letter) for letter in text), 2]}
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        letters = [ord(letter) for letter in text]
+        return {"input_ids": [1, *letters, 2] if add_special_tokens else letters}
 
 
 def test_a_token_before_the_text_stays_and_one_after_it_goes() -> None:
@@ -47,9 +48,16 @@ def test_a_token_before_the_text_stays_and_one_after_it_goes() -> None:
     assert encoded.candidates == (tuple(map(ord, "xy")), (ord("z"),))
 
 
-@pytest.mark.parametrize("candidates", [("x" * 7, "y"), ("x", "")])
-def test_candidates_without_room_or_tokens_are_refused(candidates: tuple[str, ...]) -> None:
-    with pytest.raises(RecipeError, match=r"tokens, expected between 1 and task.max_length \(8\) - 2"):
+@pytest.mark.parametrize(
+    ("candidates", "said"),
+    [
+        (("x" * 7, "y"), r"tokens, expected between 1 and task.max_length \(8\) - 2"),
+        (("x", ""), r"task\.candidates \['x', ''\]: '' adds no tokens to the prompt, expected at least 1"),
+        (("x", "y", "x"), "two of them are the same tokens to this model"),
+    ],
+)
+def test_candidates_without_room_or_tokens_of_their_own_are_refused(candidates: tuple[str, ...], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
         encode(Example("abc", candidates, 0), WithEnds(), 8)
 
 

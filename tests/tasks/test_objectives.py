@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mezo_scale as ms
 from mezo_scale.tasks.encoding import Encoded, collate
@@ -38,6 +39,20 @@ def test_scores_are_mean_log_probabilities_whatever_the_padding(name: str, examp
             row[:count].double(), torch.tensor(by_hand(model, example)).double(), atol=2e-5, rtol=0
         )
         assert (row[count:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "biogpt", "xglm"])
+@torch.no_grad()
+def test_positions_begin_where_the_models_own_do(family: str) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "d_model": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes, intermediate_size=48, max_position_embeddings=64, is_decoder=True)
+    ).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    scores = candidate_scores(model, collate(LONG[:1], pad_id=1))
+    torch.testing.assert_close(scores[0].double(), torch.tensor(by_hand(model, LONG[0])).double(), atol=2e-5, rtol=0)
 
 
 @torch.no_grad()

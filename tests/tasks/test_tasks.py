@@ -1,5 +1,7 @@
 """Tasks: examples from files, and splits that share nothing."""
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +49,68 @@ def test_rows_with_one_text_count_once(tmp_path: Path) -> None:
     assert len(tasks.load(section(path, train=1, dev=1, test=1)).train) == 1
 
 
+def test_one_text_with_two_labels_is_refused_by_both_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "both.csv"
+    path.write_text("text,label\ngood,1\nbad,0\n good,0\nfine,1\n")
+    with pytest.raises(
+        RecipeError, match="line 2 of .*both.csv and line 4 of .*both.csv have one text, but the labels 1"
+    ):
+        tasks.load(section(path, train=1, dev=1, test=1))
+
+
+@pytest.mark.parametrize("template", ["{text}\nAnswer:\n", "{text} Sentiment: ", "\n\n {text}", "{text}"])
+def test_a_template_is_used_as_it_is_written(tmp_path: Path, template: str) -> None:
+    path = tmp_path / "spaces.csv"
+    path.write_text('text,label\n"one \n",0\n two,1\nthree,0\n')
+    splits = tasks.load(section(path, train=1, dev=1, test=1, template=template))
+    prompts = {example.prompt for example in splits.train + splits.dev + splits.test}
+    assert prompts == {template.format(text=text) for text in ("one \n", " two", "three")}
+
+
+def write_parts(folder: Path, **parts: list[tuple[str, int]]) -> Path:
+    for name, rows in parts.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    return folder
+
+
+def test_a_folder_of_splits_keeps_them_apart(tmp_path: Path) -> None:
+    rows = {name: [(f"{name} {n}", n % 2) for n in range(9)] for name in ("train", "validation", "test")}
+    rows["train"] += rows["test"][:4] + rows["validation"][:4]  # seen in another part: not trained on
+    folder = write_parts(tmp_path, **rows, train_official=[("other", 0)])
+    splits = tasks.load(section(folder, train=100, dev=3, test=9))
+    assert {example.prompt for example in splits.train} == {f"train {n} It was" for n in range(9)}
+    assert {example.prompt.split()[0] for example in splits.dev} == {"validation"}
+    assert {example.prompt for example in splits.test} == {f"test {n} It was" for n in range(9)}
+    assert len(splits.dev) == 3
+    assert tasks.load(section(folder, train=2, dev=9, test=9)).test == splits.test
+
+
+def test_a_folder_without_every_split_or_with_one_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match="is a folder with no test file; expected a file, or a folder with one file for"
+    ):
+        tasks.load(section(tmp_path))
+    write_parts(tmp_path, train=[("a", 0)], validation=[("b", 0)], test=[("a", 1)])
+    with pytest.raises(
+        RecipeError, match="line 1 of .*test.* and line 1 of .*train.* have one text, but the labels 1 and"
+    ):
+        tasks.load(section(tmp_path))
+    write_parts(tmp_path, test=[("a", 0)])
+    with pytest.raises(RecipeError, match="has no example in train that is not in another part"):
+        tasks.load(section(tmp_path))
+    (tmp_path / "test.csv").write_text("text,label\nc,0\n")
+    with pytest.raises(RecipeError, match=r"is a folder with test\.csv and test\.jsonl\.gz"):
+        tasks.load(section(tmp_path))
+
+
+def test_rows_of_the_hub_are_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [{"text": "good", "label": 1}, {"text": None, "label": 0}]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, subset, split: found)
+    with pytest.raises(RecipeError, match="row 2 of owner/reviews has no text in text"):
+        tasks.load(TaskSection(data="owner/reviews"))
+
+
 def test_a_subset_is_the_rows_of_one_source(tmp_path: Path) -> None:
     path = tmp_path / "mixed.csv"
     path.write_text("text,label,source\n" + "".join(f"t{n},{n % 2},{'ab'[n % 3 > 0]}\n" for n in range(30)))
@@ -55,6 +119,9 @@ def test_a_subset_is_the_rows_of_one_source(tmp_path: Path) -> None:
     assert all(number % 3 == 0 for number in numbers)
     with pytest.raises(RecipeError, match="has no rows with the source 'c'"):
         tasks.load(section(path, subset="c"))
+    (tmp_path / "mixed.jsonl").write_text('{"text": "a", "label": 0, "source": "a"}\n{"text": "b", "label": 1}\n')
+    with pytest.raises(RecipeError, match="line 2 of .* has no column `source`: leave it out"):
+        tasks.load(section(tmp_path / "mixed.jsonl", subset="a"))
 
 
 def test_template_and_candidates_can_be_ones_own(tmp_path: Path) -> None:
@@ -69,11 +136,14 @@ def test_template_and_candidates_can_be_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fields", "said"),
     [
-        ("text,label\na,0\nb,2\n", {}, "row 2 of .* has the label '2', expected 0 to 1"),
-        ("text,label\na,good\n", {}, "row 1 of .* has the label 'good'"),
-        ("text\na\n", {}, "has the label 'None'"),
-        ("text,label\na,0\n", {"template": "{sentence}"}, "found 'sentence', the data has text, label"),
-        ("text,label\na,0\n", {"template": "{text"}, "task.template"),
+        ("text,label\na,0\nb,2\n", {}, "line 3 of .* has the label '2', expected 0 to 1"),
+        ("text,label\na,good\n", {}, "line 2 of .* has the label 'good'"),
+        ("text,label\na,0\n", {"template": "{sentence}"}, "line 2 of .* has no column 'sentence'; it has text, label"),
+        ("text,label\na,0\n", {"template": "{text"}, "task.template '{text': line 2 of .* can't fill it"),
+        ("text,label\na,0\n", {"template": "{}"}, "task.template '{}': .*braces without a name"),
+        ("text,label\na,0\n", {"template": "{text[a]}"}, r"task.template '{text\[a\]}': .*can't fill it"),
+        ("text,label\na,0\n", {"template": "It was"}, "names no column, expected one in braces"),
+        ("text,label\na,0\n", {"template": ""}, "names no column, expected one in braces"),
         ("text,label\n", {}, "has no rows"),
         ("text,label\na,0\n", {"subset": "x"}, "has no column `source`: leave it out"),
         ("text,label\na,0\n", {"name": "sentimnt"}, "found 'sentimnt'; did you mean sentiment"),
