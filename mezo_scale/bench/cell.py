@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import means_disk
+from mezo_scale.recipe import ShardingSection, means_disk
 
 STRATEGIES = ("single", "fsdp2", "hsdp", "zero3")
 METHODS = {
@@ -54,6 +55,18 @@ class Cell:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def sharding(self) -> ShardingSection:
+        """As a recipe would have it."""
+        configs = {"ds_config": "ds_configs/zero3_bf16.json"} if self.dtype == "bfloat16" else {}
+        return ShardingSection(strategy=self.strategy, replicate=self.replicate, **configs)
+
+    @property
+    def spread(self) -> Strategy:
+        """How the model lies on the cell's ranks. Raises ShardingError: copies that do not divide them."""
+        master = self.dtype == "float32" and self.compute_dtype is not None
+        return Strategy.of(self.sharding, self.world_size, master=master)
 
     @property
     def key(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mezo_scale.models.shapes import config_of
 from mezo_scale.planner import GIB, Rates, Strategy, Workload, memory, seconds, traffic
-from mezo_scale.planner.strategy import BYTES
+from mezo_scale.planner.workload import BYTES
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 GPUS_PER_NODE = 8
@@ -49,14 +49,14 @@ def project(model: str, workload: Workload, rates: Rates) -> list[Point]:
         linked = replace(rates, between_gbit_s=network)
         for devices in DEVICES:
             nodes = max(1, devices // GPUS_PER_NODE)
-            layouts = [Strategy("fsdp2", devices)]
+            layouts = [Strategy("fsdp2", shard=devices)]
             if nodes > 1:
-                layouts.append(Strategy("hsdp", GPUS_PER_NODE, nodes))
+                layouts.append(Strategy("hsdp", replicate=nodes, shard=GPUS_PER_NODE))
             for strategy in layouts:
                 if memory(config, strategy, workload).peak > DEVICE_GIB * GIB:
                     continue
                 step = seconds(config, strategy, workload, linked, GPUS_PER_NODE)
-                alone = seconds(config, replace(strategy, name="fsdp2", shard=1, replicate=1), workload, linked)
+                alone = seconds(config, Strategy("fsdp2"), workload, linked)
                 moved = traffic(config, strategy, workload, GPUS_PER_NODE)
                 gather = max(
                     moved.inside_node / (linked.inside_gb_s * 1e9),
