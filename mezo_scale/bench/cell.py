@@ -10,7 +10,7 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import ShardingSection, means_disk
 
-STRATEGIES = ("single", "fsdp2", "hsdp", "zero3")
+STRATEGIES = ("single", "fsdp2", "hsdp", "zero3")  # single on several ranks is ddp; a cell has one name
 METHODS = {
     "mezo": STRATEGIES,
     "published": ("single",),  # one device: it has no sharding
@@ -120,7 +120,7 @@ class Grid:
                 directions,
                 self.dtype,
                 self.compute_dtype,
-                (self.replicate or 2) if strategy == "hsdp" else None,
+                (self.replicate or 2) if Strategy(strategy).is_hybrid else None,
                 self.memory_cap_gib,
             )
             for world_size in sorted(self.world_sizes)
@@ -131,7 +131,7 @@ class Grid:
             for directions in (self.directions if method == "mezo" else (1,))
             if strategy in METHODS[method]
             and not (method == "published" and world_size > 1)
-            and not (strategy == "hsdp" and world_size % (self.replicate or 2))
+            and not (Strategy(strategy).is_hybrid and world_size % (self.replicate or 2))
         ]
         if not found:
             raise RecipeError(

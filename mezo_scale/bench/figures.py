@@ -114,7 +114,7 @@ def efficiency(one: Figures, scaling: str, everyone: Sequence[Figures]) -> tuple
     own = [other for other in likes if other.cell.strategy == one.cell.strategy]
     reference = min(own, key=lambda other: other.cell.world_size)
     if len({other.cell.world_size for other in own}) == 1 and one.cell.world_size > 1:
-        alone = [other for other in likes if other.cell.strategy == "single" and other.cell.world_size == 1]
+        alone = [other for other in likes if other.cell.world_size == 1 and not other.cell.spread.is_sharded]
         if not alone:
             return None
         reference = alone[0]

@@ -18,6 +18,7 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 GPUS_PER_NODE = 8
 DEVICE_GIB = 80.0
 NETWORKS_GBIT = (100.0, 10.0)
+LAYOUTS = {"fsdp2": "FSDP2 over all", "hsdp": f"HSDP, a copy per {GPUS_PER_NODE}, scalars between"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Point:
     """One projected step.
 
     Attributes:
-        layout: "fsdp2" over all devices, or "hsdp": a copy per node, scalars between them.
+        layout: one of LAYOUTS.
         between_gbit_s: the network of each node.
         step_s, tokens_s: projected; tokens of all devices together.
         layer_compute_s, layer_gather_s: a decoder layer's share of the two terms.
@@ -84,8 +85,9 @@ def measured_rates(rows: Sequence[dict[str, Any]]) -> tuple[Rates, list[str]]:
     """
     rates, said = Rates(), []
     on_gpus = [row for row in rows if "reason" not in row and row["device_type"] == "cuda"]
-    alone = [row for row in on_gpus if row["cell"]["strategy"] == "single" and row["cell"]["method"] == "mezo"]
-    alone = [row for row in alone if row["cell"]["world_size"] == 1 and row["cell"]["num_directions"] == 1]
+    whole = [row for row in on_gpus if not Strategy(row["cell"]["strategy"]).is_sharded]
+    alone = [row for row in whole if row["cell"]["world_size"] == 1 and row["cell"]["method"] == "mezo"]
+    alone = [row for row in alone if row["cell"]["num_directions"] == 1]
     if alone:
         row = max(alone, key=lambda row: row["parameters"])
         cell, forwards = row["cell"], float(np.median(row["forwards_s"]))

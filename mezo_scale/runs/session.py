@@ -99,7 +99,9 @@ class Trainer:
             checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
         commands = self._commands()
         if self.world.rank == 0:
-            write_report(self.run, self.recipe, self.run.add_evaluation(**results), commands)
+            write_report(
+                self.run, self.recipe, self.loaded.strategy.layout, self.run.add_evaluation(**results), commands
+            )
         self.screen.show(as_table(result_rows(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
         self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
         for what, command in commands.items():
