@@ -14,7 +14,7 @@ import numpy as np
 from mezo_scale.bench import plots
 from mezo_scale.bench.cell import Cell, short_name
 from mezo_scale.bench.figures import Figures, efficiency, figures, series
-from mezo_scale.bench.projection import DEVICE_GIB, LAYOUTS, Point, measured_rates, project
+from mezo_scale.bench.projection import DEVICE_GIB, GPUS_PER_NODE, Point, measured_rates, project
 from mezo_scale.planner import FORMULA, Workload
 from mezo_scale.runs.directory import replace_file
 
@@ -200,7 +200,7 @@ def _projection(points: Sequence[Point], about: str, said: Sequence[str], rates:
     yield from ("", *(f"    {line}" for line in FORMULA.splitlines()), "")
     body = [
         (
-            LAYOUTS[point.layout],
+            {"hsdp": f"hsdp {point.devices // GPUS_PER_NODE} x {GPUS_PER_NODE}"}.get(point.layout, point.layout),
             str(point.devices),
             f"{point.between_gbit_s:g} Gb/s",
             f"{point.step_s:.2f}",
