@@ -68,7 +68,7 @@ def dry_runs() -> Iterator[Row]:
     for model in DRY_MODELS:
         for ranks in DRY_RANKS:
             for master in (False, True):
-                strategy = Strategy("single" if ranks == 1 else "fsdp2", ranks, master=master)
+                strategy = Strategy("single" if ranks == 1 else "fsdp2", shard=ranks, master=master)
                 config, workload = config_of(model), Workload(ROWS, TOKENS)
                 start = time.perf_counter()
                 dry, gathered = dry_run(config, strategy, workload)
@@ -93,7 +93,7 @@ def measured(model: str, ranks: int, master: bool, rows: int, tokens: int) -> Ro
     from mezo_scale.models.shapes import config_of
     from mezo_scale.planner import Strategy, Workload, memory
 
-    strategy = Strategy("single" if ranks == 1 else "fsdp2", ranks, master=master)
+    strategy = Strategy("single" if ranks == 1 else "fsdp2", shard=ranks, master=master)
     plan = memory(config_of(model), strategy, Workload(rows, tokens))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +187,7 @@ def row(model: str, strategy: Any, plan: float, found: float, start: float) -> R
     return {
         "model": model,
         "strategy": strategy.layout,
-        "ranks": strategy.gpus,
+        "ranks": strategy.world_size,
         "stored": "float32" if strategy.master else "bfloat16",
         "plan_gib": round(plan / 2**30, 3),
         "found_gib": round(found / 2**30, 3),

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import means_disk
+from mezo_scale.recipe import ShardingSection, means_disk
 
-STRATEGIES = ("single", "fsdp2", "hsdp", "zero3")
+STRATEGIES = ("single", "fsdp2", "hsdp", "zero3")  # single on several ranks is ddp; a cell has one name
 METHODS = {
     "mezo": STRATEGIES,
     "published": ("single",),  # one device: it has no sharding
@@ -54,6 +55,18 @@ class Cell:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def sharding(self) -> ShardingSection:
+        """As a recipe would have it."""
+        configs = {"ds_config": "ds_configs/zero3_bf16.json"} if self.dtype == "bfloat16" else {}
+        return ShardingSection(strategy=self.strategy, replicate=self.replicate, **configs)
+
+    @property
+    def spread(self) -> Strategy:
+        """How the model lies on the cell's ranks. Raises ShardingError: copies that do not divide them."""
+        master = self.dtype == "float32" and self.compute_dtype is not None
+        return Strategy.of(self.sharding, self.world_size, master=master)
 
     @property
     def key(self) -> str:
@@ -107,7 +120,7 @@ class Grid:
                 directions,
                 self.dtype,
                 self.compute_dtype,
-                (self.replicate or 2) if strategy == "hsdp" else None,
+                (self.replicate or 2) if Strategy(strategy).is_hybrid else None,
                 self.memory_cap_gib,
             )
             for world_size in sorted(self.world_sizes)
@@ -118,7 +131,7 @@ class Grid:
             for directions in (self.directions if method == "mezo" else (1,))
             if strategy in METHODS[method]
             and not (method == "published" and world_size > 1)
-            and not (strategy == "hsdp" and world_size % (self.replicate or 2))
+            and not (Strategy(strategy).is_hybrid and world_size % (self.replicate or 2))
         ]
         if not found:
             raise RecipeError(

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mezo_scale.bench.cell import Cell
-from mezo_scale.errors import RecipeError
+from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.models.shapes import config_of
-from mezo_scale.planner import GIB, Strategy, Workload, memory, traffic
+from mezo_scale.planner import GIB, Workload, memory, traffic
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,18 @@ def figures(row: dict[str, Any]) -> Figures:
 
 @lru_cache
 def planned(cell: Cell) -> tuple[int | None, int | None, int | None]:
-    """(peak bytes, bytes gathered, bytes all-reduced) by the planner's formulas; None for a baseline and for a model
-    that is not there."""
+    """(peak bytes, bytes gathered, bytes all-reduced) by the planner's formulas; None for a baseline, and for a model
+    that is not there or that the planner refuses."""
     if cell.method != "mezo":
         return None, None, None
     try:
         config = config_of(cell.model.removeprefix("random:"))
-    except RecipeError:  # rows outlive the folder that they were measured on
+        dtype = cell.compute_dtype or cell.dtype
+        workload = Workload(cell.rows // cell.world_size, cell.tokens, 2 * cell.num_directions, dtype)
+        moved = traffic(config, cell.spread, workload)
+        return memory(config, cell.spread, workload).peak, moved.gathered, moved.scalars
+    except (RecipeError, ModelError):  # rows outlive the folder that they were measured on
         return None, None, None
-    copies = {"single": cell.world_size, "hsdp": cell.replicate or 1}.get(cell.strategy, 1)
-    master = cell.dtype == "float32" and cell.compute_dtype is not None
-    strategy = Strategy(cell.strategy, cell.world_size // copies, copies, None, master)
-    dtype = cell.compute_dtype or cell.dtype
-    workload = Workload(cell.rows // cell.world_size, cell.tokens, 2 * cell.num_directions, dtype)
-    moved = traffic(config, strategy, workload)
-    return memory(config, strategy, workload).peak, moved.gathered, moved.scalars
 
 
 def efficiency(one: Figures, scaling: str, everyone: Sequence[Figures]) -> tuple[float, Figures] | None:
@@ -117,7 +114,7 @@ def efficiency(one: Figures, scaling: str, everyone: Sequence[Figures]) -> tuple
     own = [other for other in likes if other.cell.strategy == one.cell.strategy]
     reference = min(own, key=lambda other: other.cell.world_size)
     if len({other.cell.world_size for other in own}) == 1 and one.cell.world_size > 1:
-        alone = [other for other in likes if other.cell.strategy == "single" and other.cell.world_size == 1]
+        alone = [other for other in likes if other.cell.world_size == 1 and not other.cell.spread.is_sharded]
         if not alone:
             return None
         reference = alone[0]

@@ -27,9 +27,11 @@ from mezo_scale import models, noise, recipe
 from mezo_scale.bench.cell import Cell
 from mezo_scale.bench.counting import Traffic, summed
 from mezo_scale.bench.memory import PeakMemory, keep_freed_memory
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.models.shapes import config_of
+from mezo_scale.models.units import units
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.sharding import shards
 from mezo_scale.tasks.objectives import candidates_loss
@@ -60,7 +62,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
     loaded = models.load(_recipe(cell), world)
     step, forward = _contenders(cell, loaded, world)
     # The first step checks the pairing; ZeRO-3 learns the order of modules from the first three.
-    for _ in range(3 if cell.strategy == "zero3" else 1):
+    for _ in range(3 if cell.spread.is_deepspeed else 1):
         loss = step()
     memory.reset()
     step()
@@ -109,14 +111,11 @@ def baselines() -> ModuleType:
 
 
 def _recipe(cell: Cell) -> recipe.Recipe:
-    sharding: dict[str, Any] = {"strategy": cell.strategy, "replicate": cell.replicate}
-    if cell.strategy == "zero3" and cell.dtype == "bfloat16":
-        sharding["ds_config"] = "ds_configs/zero3_bf16.json"
     return recipe.parse(
         {
             "model": {"name": cell.model, "dtype": cell.dtype, "compute_dtype": cell.compute_dtype},
             "task": {"data": "random tokens"},
-            "sharding": sharding,
+            "sharding": cell.sharding.model_dump(),
         }
     )
 
@@ -183,10 +182,8 @@ def _gather_seconds(nbytes: int, rounds: int, world: World) -> float | None:
 
 def _size(model: nn.Module, cell: Cell) -> tuple[int, int, int]:
     """Parameters of the model, its decoder layers, and the bytes of one as it is gathered."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    # FSDP2 gives every class that it shards a name of its own.
-    layers = [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
-    dtype = cell.compute_dtype if cell.compute_dtype and cell.strategy in ("fsdp2", "hsdp") else cell.dtype
+    layers = [unit.module for unit in units(model) if unit.kind == "layer"]
+    dtype = cell.dtype if cell.spread.autocasts else cell.compute_dtype or cell.dtype
     each = sum(_numel(parameter) for parameter in layers[0].parameters()) if layers else 0
     return sum(map(_numel, model.parameters())), len(layers), each * getattr(torch, dtype).itemsize
 
@@ -210,7 +207,7 @@ def _import_model(cell: Cell) -> None:
     """The code of the model's architecture, which is no memory of the model's either."""
     config = config_of(cell.model.removeprefix("random:"))
     _ = AutoModelForCausalLM._model_mapping[type(config)]
-    if cell.strategy == "zero3":
+    if cell.spread.is_deepspeed:
         import deepspeed  # noqa: F401
 
 
@@ -249,7 +246,7 @@ def main(request: Path, outcome: Path) -> None:
     asked = json.loads(request.read_text(encoding="utf-8"))
     cell = Cell(**asked["cell"])
     try:
-        with joined(always_group=cell.strategy != "single") as world:
+        with joined(always_group=Strategy(cell.strategy).needs_group) as world:
             with world.together():
                 models.check(_recipe(cell), world)
             answer: dict[str, Any] = {"figures": measure(cell, asked["rounds"], world)}

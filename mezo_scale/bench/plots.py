@@ -6,7 +6,7 @@ from typing import Any
 
 from mezo_scale.bench.cell import short_name
 from mezo_scale.bench.figures import Figures, efficiency, series
-from mezo_scale.bench.projection import DEVICE_GIB, GPUS_PER_NODE, Point
+from mezo_scale.bench.projection import DEVICE_GIB, GPUS_PER_NODE, LAYOUTS, Point
 
 _COLOURS = {"single": "tab:gray", "fsdp2": "tab:blue", "hsdp": "tab:green", "zero3": "tab:orange"}
 
@@ -62,8 +62,7 @@ def projection(points: Sequence[Point], model: str, about: str, path: Path) -> N
             for point in points
             if (point.layout, point.between_gbit_s) == (layout, network)
         )
-        where = "FSDP2 over all" if layout == "fsdp2" else f"HSDP, a copy per {GPUS_PER_NODE}, scalars between"
-        lines[line] = f"{where}, either network" if line in lines else f"{where}, {network:g} Gb/s"
+        lines[line] = f"{LAYOUTS[layout]}, {'either network' if line in lines else f'{network:g} Gb/s'}"
     for line, label in lines.items():
         axes.plot(*zip(*line, strict=True), "-o", label=label)
     axes.set_xscale("log", base=2)

@@ -12,12 +12,13 @@ import numpy as np
 
 from mezo_scale.models.shapes import config_of
 from mezo_scale.planner import GIB, Rates, Strategy, Workload, memory, seconds, traffic
-from mezo_scale.planner.strategy import BYTES
+from mezo_scale.planner.workload import BYTES
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 GPUS_PER_NODE = 8
 DEVICE_GIB = 80.0
 NETWORKS_GBIT = (100.0, 10.0)
+LAYOUTS = {"fsdp2": "FSDP2 over all", "hsdp": f"HSDP, a copy per {GPUS_PER_NODE}, scalars between"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Point:
     """One projected step.
 
     Attributes:
-        layout: "fsdp2" over all devices, or "hsdp": a copy per node, scalars between them.
+        layout: one of LAYOUTS.
         between_gbit_s: the network of each node.
         step_s, tokens_s: projected; tokens of all devices together.
         layer_compute_s, layer_gather_s: a decoder layer's share of the two terms.
@@ -49,14 +50,14 @@ def project(model: str, workload: Workload, rates: Rates) -> list[Point]:
         linked = replace(rates, between_gbit_s=network)
         for devices in DEVICES:
             nodes = max(1, devices // GPUS_PER_NODE)
-            layouts = [Strategy("fsdp2", devices)]
+            layouts = [Strategy("fsdp2", shard=devices)]
             if nodes > 1:
-                layouts.append(Strategy("hsdp", GPUS_PER_NODE, nodes))
+                layouts.append(Strategy("hsdp", replicate=nodes, shard=GPUS_PER_NODE))
             for strategy in layouts:
                 if memory(config, strategy, workload).peak > DEVICE_GIB * GIB:
                     continue
                 step = seconds(config, strategy, workload, linked, GPUS_PER_NODE)
-                alone = seconds(config, replace(strategy, name="fsdp2", shard=1, replicate=1), workload, linked)
+                alone = seconds(config, Strategy("fsdp2"), workload, linked)
                 moved = traffic(config, strategy, workload, GPUS_PER_NODE)
                 gather = max(
                     moved.inside_node / (linked.inside_gb_s * 1e9),
@@ -84,8 +85,9 @@ def measured_rates(rows: Sequence[dict[str, Any]]) -> tuple[Rates, list[str]]:
     """
     rates, said = Rates(), []
     on_gpus = [row for row in rows if "reason" not in row and row["device_type"] == "cuda"]
-    alone = [row for row in on_gpus if row["cell"]["strategy"] == "single" and row["cell"]["method"] == "mezo"]
-    alone = [row for row in alone if row["cell"]["world_size"] == 1 and row["cell"]["num_directions"] == 1]
+    whole = [row for row in on_gpus if not Strategy(row["cell"]["strategy"]).is_sharded]
+    alone = [row for row in whole if row["cell"]["world_size"] == 1 and row["cell"]["method"] == "mezo"]
+    alone = [row for row in alone if row["cell"]["num_directions"] == 1]
     if alone:
         row = max(alone, key=lambda row: row["parameters"])
         cell, forwards = row["cell"], float(np.median(row["forwards_s"]))

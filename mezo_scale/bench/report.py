@@ -200,7 +200,7 @@ def _projection(points: Sequence[Point], about: str, said: Sequence[str], rates:
     yield from ("", *(f"    {line}" for line in FORMULA.splitlines()), "")
     body = [
         (
-            point.layout if point.layout == "fsdp2" else f"hsdp {point.devices // GPUS_PER_NODE} x {GPUS_PER_NODE}",
+            {"hsdp": f"hsdp {point.devices // GPUS_PER_NODE} x {GPUS_PER_NODE}"}.get(point.layout, point.layout),
             str(point.devices),
             f"{point.between_gbit_s:g} Gb/s",
             f"{point.step_s:.2f}",

@@ -9,53 +9,37 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import ShardingError
 from mezo_scale.models import checkpoints
-from mezo_scale.recipe import ModelSection, ShardingSection
+from mezo_scale.models.shapes import skeleton
+from mezo_scale.models.units import Unit, units
+from mezo_scale.recipe import Recipe
 
 
-def mesh_shape(sharding: ShardingSection, world: World) -> tuple[int, int]:
-    """How many copies of the model there are, and over how many ranks each is spread. Raises ShardingError."""
-    if sharding.strategy == "single":
-        return world.size, 1
-    if sharding.strategy != "hsdp":
-        return 1, world.size
-    replicate = world.nodes if sharding.replicate is None else sharding.replicate
-    if world.size % replicate:
-        divisors = [str(n) for n in range(1, world.size + 1) if world.size % n == 0]
-        raise ShardingError(
-            f"sharding.replicate is {replicate}, but WORLD_SIZE is {world.size}, which {replicate} does not divide: "
-            f"set sharding.replicate to {' or '.join(divisors)}, or start "
-            f"{(world.size // replicate + 1) * replicate} processes"
-        )
-    return replicate, world.size // replicate
+def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
+    """A checkpoint or random weights, sharded; every rank calls it.
 
-
-def load_fsdp2(
-    section: ModelSection,
-    sharding: ShardingSection,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype | None,
-    world: World,
-) -> nn.Module:
-    """A checkpoint or random weights, sharded; every rank calls it. Raises ModelError as `checkpoints.read` does."""
-    replicate, shard = mesh_shape(sharding, world)
-    offload = sharding.cpu_offload and world.device.type != "cpu"
-    if section.name.startswith(checkpoints.RANDOM):
-        return _random_fsdp2(section.name, (replicate, shard), dtype, compute_dtype, world, offload)
-    distributed = _sharded_loading(replicate, shard, section, sharding)
-    if distributed is None:
-        model = checkpoints.read(section.name, dtype)
-        shard_fsdp2(model, _mesh((replicate, shard), world), compute_dtype, offload=offload)
+    Raises:
+        ModelError: as `checkpoints.read`.
+        ShardingError: as `shard_fsdp2`.
+    """
+    name, dtype = recipe.model.name, getattr(torch, recipe.model.dtype)
+    compute_dtype = getattr(torch, recipe.model.compute_dtype) if recipe.model.compute_dtype else None
+    offload = strategy.offload is not None and world.device.type != "cpu"
+    if name.startswith(checkpoints.RANDOM):
+        return _random_fsdp2(name, strategy, dtype, compute_dtype, world, offload)
+    if strategy.world_size == 1 or not _reads_in_parts():
+        model = checkpoints.read(name, dtype)
+        shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
         return model if offload else model.to(world.device)
-    source = checkpoints.read(section.name, dtype, distributed_config=distributed)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(section.name), dtype=dtype)
+    model = skeleton(AutoConfig.from_pretrained(name), dtype)
+    source = checkpoints.read(name, dtype, distributed_config=_reading_plan(model, strategy))
     model.generation_config = source.generation_config
     shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)
     _adopt(model, source)
@@ -65,11 +49,14 @@ def load_fsdp2(
 def shard_fsdp2(
     model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, *, offload: bool = False
 ) -> None:
-    """Shards a causal language model in place: one unit per decoder layer, untied tables apart, the rest in the root.
+    """Shards a causal language model in place, unit by unit (`units`).
 
     Every unit frees its gathered weights after its forward pass, so the next one sees what was written to the shards.
     `compute_dtype` is for the layers; the tables and what lies between stay as stored, for a step's gradient is the
     small difference of two losses, and logits in bfloat16 would round most of it away.
+
+    Raises:
+        ShardingError: units that share a weight, as they would each get a part of their own. Nothing is sharded then.
     """
     rest: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if offload:
@@ -77,25 +64,33 @@ def shard_fsdp2(
     layer: dict[str, Any] = dict(rest)
     if compute_dtype is not None:
         layer["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, output_dtype=model.dtype)
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, **layer)
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if all(tables) and tables[0].weight is not tables[1].weight:
-        for table in tables:
-            fully_shard(table, **rest)
-    fully_shard(model, **rest)
+    root, *others = _units_apart(model)
+    for unit in (*others, root):
+        fully_shard(unit.module, **(layer if unit.kind == "layer" else rest))
 
 
-def _mesh(shape: tuple[int, int], world: World) -> DeviceMesh:
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return mesh if shape[0] > 1 else mesh["shard"]
+def _units_apart(model: nn.Module) -> tuple[Unit, ...]:
+    """The units of a model in which no two share a weight. Raises ShardingError."""
+    found = units(model)
+    inner = {module for unit in found[1:] for module in unit.module.modules()}
+    owners: dict[nn.Parameter, str] = {}
+    for unit in found:
+        for name, module in unit.module.named_modules(prefix=unit.name):
+            if unit.kind == "root" and module in inner:
+                continue
+            for key, parameter in module.named_parameters(name, recurse=False):
+                owner = owners.setdefault(parameter, unit.name)
+                if owner != unit.name:
+                    raise ShardingError(
+                        f"{owner or 'the root'} and {unit.name} share the weight {key}, but fsdp2 and hsdp gather each "
+                        "of them apart: set sharding.strategy to zero3, or to ddp if a rank can hold the model"
+                    )
+    return found
 
 
 def _random_fsdp2(
     name: str,
-    mesh_shape: tuple[int, int],
+    strategy: Strategy,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None,
     world: World,
@@ -104,7 +99,7 @@ def _random_fsdp2(
     """Random weights, made where they stay: no rank and no host ever holds more than its shards."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(checkpoints.find(name), dtype=dtype)
-    shard_fsdp2(model, _mesh(mesh_shape, world), compute_dtype, offload=offload)
+    shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
     buffers = {name: buffer.to(world.device) for name, buffer in model.named_buffers()}
     model.to_empty(device="cpu" if offload else world.device)
     for name, buffer in buffers.items():  # computed from the configuration, and emptied with the rest
@@ -115,27 +110,27 @@ def _random_fsdp2(
     return model
 
 
-def _sharded_loading(replicate: int, shard: int, section: ModelSection, sharding: ShardingSection) -> Any:
-    """transformers' configuration for reading only this rank's part, or None where that can't be had."""
-    if replicate * shard == 1:
-        return None
+def _reads_in_parts() -> bool:
+    """Whether this transformers can read only a rank's part; with an older one every rank reads all and keeps its."""
     try:
         from transformers.distributed import DistributedConfig
     except ImportError:
-        return None
-    if not hasattr(DistributedConfig, "fsdp_plan"):  # an older transformers: every rank reads all and keeps its part
-        return None
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(section.name))
-    layers = set(skeleton._no_split_modules or ())
-    names = [name for name, module in skeleton.named_modules() if type(module).__name__ in layers]
+        return False
+    return hasattr(DistributedConfig, "fsdp_plan")
+
+
+def _reading_plan(model: nn.Module, strategy: Strategy) -> Any:
+    """transformers' configuration for reading only this rank's part of a model. Raises ShardingError."""
+    from transformers.distributed import DistributedConfig
+
+    names = [unit.name for unit in _units_apart(model) if unit.kind == "layer"]
     # The numbers of the layers are written as wildcards there.
     plan = {".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names}
     return DistributedConfig(
-        fsdp_size=shard,
-        dp_replicate_size=replicate,
+        fsdp_size=strategy.shard,
+        dp_replicate_size=strategy.replicate,
         fsdp_plan=dict.fromkeys(sorted(plan), "free_full_weight"),
-        fsdp_cpu_offload=sharding.cpu_offload,
+        fsdp_cpu_offload=strategy.offload is not None,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mezo_scale.distributed.layout import Strategy
+from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import checkpoints
 from mezo_scale.recipe import Recipe
@@ -44,7 +46,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def load_zero3(recipe: Recipe) -> nn.Module:
+def load_zero3(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
     """A checkpoint, partitioned; every rank calls it. Raises ModelError as `checkpoints.read` does."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
+from mezo_scale.errors import ModelError
 from mezo_scale.models.shapes import skeleton
+from mezo_scale.models.units import units
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -84,7 +86,7 @@ _KNOWN: dict[str, Architecture] = {}
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Of the model that this configuration describes."""
+    """Of the model that this configuration describes. Raises ModelError: it does not say how wide it is."""
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
         _KNOWN[key] = _read(skeleton(config), config.get_text_config())
@@ -92,15 +94,10 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def _read(model: nn.Module, config: PretrainedConfig) -> Architecture:
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is None or embed.weight is head.weight
-    tables = [] if tied else [embed, head]
-    roots = [model, *tables[:1], *layers, *tables[1:]]  # in the order of their forward passes
-    unit_of = {module: number for number, root in enumerate(roots) for module in root.modules()}  # the innermost wins
+    parts = units(model)
+    unit_of = {module: number for number, part in enumerate(parts) for module in part.module.modules()}
     seen: set[int] = set()
-    shapes: list[list[tuple[int, ...]]] = [[] for _ in roots]
+    shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
     owners = []
     for module in model.modules():
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -111,20 +108,34 @@ def _read(model: nn.Module, config: PretrainedConfig) -> Architecture:
         if own:
             lookup = isinstance(module, nn.Embedding)
             owners.append(Owner(unit_of[module], lookup, tuple(tuple(parameter.shape) for parameter in own)))
-    kinds = ["root", *["table"] * len(tables[:1]), *["layer"] * len(layers), *["table"] * len(tables[1:])]
-    units = tuple(Unit(kind, tuple(own)) for kind, own in zip(kinds, shapes, strict=True))
-    hidden = int(config.hidden_size)
+    planned = tuple(Unit(part.kind, tuple(own)) for part, own in zip(parts, shapes, strict=True))
+    hidden = _field(config, "hidden_size")
+    layers = [part.module for part in parts if part.kind == "layer"]
     inner, attention = _widths(layers[0], config) if layers else (hidden, hidden)
-    return Architecture(units, tuple(owners), hidden, inner, attention, int(config.vocab_size))
+    return Architecture(planned, tuple(owners), hidden, inner, attention, _field(config, "vocab_size"))
+
+
+def _field(config: PretrainedConfig, name: str) -> int:
+    """A width that the arithmetic needs. Raises ModelError: the configuration has none, or one per layer."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers', where layers differ
+        value = None
+    if not isinstance(value, int):
+        raise ModelError(
+            f"a {config.model_type} model can't be planned: its configuration has {name} {value}, expected one number "
+            "for all layers, for the arithmetic is that of attention; measure the model with mezo-scale bench"
+        )
+    return value
 
 
 def _widths(layer: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
     """(inner, attention) of `Architecture`, from the widths of a layer's matrices."""
     widths = [module.out_features for module in layer.modules() if isinstance(module, nn.Linear)]
-    widest = max(widths, default=int(config.hidden_size))
+    widest = max(widths, default=_field(config, "hidden_size"))
     # The activation function is given one tensor and makes another; a gated one makes the product besides.
     inner = (widths.count(widest) + 1) * widest
-    heads = int(config.num_attention_heads)
+    heads = _field(config, "num_attention_heads")
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
     shared = int(getattr(config, "num_key_value_heads", None) or heads) * width // heads
     # Queries, keys and values, the keys and values repeated for all query heads, and what comes out.

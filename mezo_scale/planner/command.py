@@ -3,9 +3,10 @@
 import shlex
 from pathlib import Path
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.models.shapes import hub_name
 from mezo_scale.planner.plan import NVME_CONFIG, Cluster
-from mezo_scale.planner.strategy import Strategy, Workload
+from mezo_scale.planner.workload import Workload
 
 # By (storage, offload).
 _DS_CONFIGS = {
@@ -27,25 +28,25 @@ def overrides(model: str, strategy: Strategy, workload: Workload) -> list[str]:
         f"model.compute_dtype={workload.dtype if stored != workload.dtype else 'null'}",
         f"sharding.strategy={strategy.name}",
     ]
-    if strategy.name == "hsdp":
+    if strategy.is_hybrid:
         found.append(f"sharding.replicate={strategy.replicate}")
-    if strategy.name == "zero3":
+    if strategy.is_deepspeed:
         found.append(f"sharding.ds_config={_DS_CONFIGS[stored, strategy.offload]}")
     elif strategy.offload == "cpu":
         found.append("sharding.cpu_offload=true")
     if workload.branches > 2:
         found.append(f"optimizer.num_directions={workload.branches // 2}")
-    return [*found, f"train.batch_size={workload.rows * strategy.gpus}"]
+    return [*found, f"train.batch_size={workload.rows * strategy.world_size}"]
 
 
 def command(recipe: str, model: str, strategy: Strategy, workload: Workload, cluster: Cluster) -> str:
     """The line that trains a recipe so; on several nodes the one that submits it to SLURM."""
     said = [recipe, *overrides(model, strategy, workload)]
     if cluster.nodes > 1:
-        start = ["--start", "deepspeed"] if strategy.name == "zero3" else []
+        start = ["--start", "deepspeed"] if strategy.is_deepspeed else []
         size = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.gpus_per_node)]
         return shlex.join(["mezo-scale", "submit", *said, *size, *start])
-    if strategy.name == "zero3":
+    if strategy.is_deepspeed:
         start = ["deepspeed", "--num_gpus", str(cluster.gpus), "--no_local_rank", "--module"]
     else:
         start = ["torchrun", "--standalone", "--nproc-per-node", str(cluster.gpus), "-m"]

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,13 +22,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mezo_scale import models
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import ShardingError
 from mezo_scale.optim.losses import Estimator
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.planner.memory import Memory
-from mezo_scale.planner.strategy import BYTES, Strategy, Workload
+from mezo_scale.planner.workload import BYTES, Workload
 from mezo_scale.tasks.objectives import candidates_loss
 from mezo_scale.trajectory import StepRecord
 
@@ -37,8 +37,8 @@ SHARDS, GATHERED, SCRATCH, LOGITS, ACTIVATIONS = "shards", "gathered", "scratch"
 
 
 def can_run(strategy: Strategy, workload: Workload) -> bool:
-    """Whether there is a dry run: DeepSpeed and copies between host and device need the real thing."""
-    return strategy.name != "zero3" and strategy.offload is None and workload.positions == 1
+    """Whether there is a dry run of this step under this strategy."""
+    return strategy.can_dry_run and workload.positions == 1
 
 
 def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> tuple[Memory, int]:
@@ -53,15 +53,14 @@ def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) ->
     stored, compute = getattr(torch, workload.stored(strategy)), getattr(torch, workload.dtype)
     mixed = compute if compute != stored else None
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _fake_group(strategy.gpus):
+    with _fake_group(strategy.world_size):
         with fake:
             model = AutoModelForCausalLM.from_config(config, dtype=stored).eval()
-        if strategy.name != "single":
-            # Outside the mode: a mesh reads its own ranks.
-            mesh = init_device_mesh("cpu", (strategy.replicate, strategy.shard), mesh_dim_names=("replicate", "shard"))
+        if strategy.is_sharded:
+            mesh = strategy.mesh("cpu")  # outside the mode: a mesh reads its own ranks
             with fake:
-                models.shard_fsdp2(model, mesh if strategy.replicate > 1 else mesh["shard"], mixed)
-        autocast = strategy.name == "single" and mixed is not None
+                models.shard_fsdp2(model, mesh, mixed)
+        autocast = strategy.autocasts and mixed is not None
         storages = Storages(int(config.vocab_size))
         view = View(model, dtype=compute if autocast else None, scratch=_Scratch(storages))
         storages.watch_shards(model)

@@ -13,9 +13,10 @@ from dataclasses import astuple, dataclass
 
 from transformers import PretrainedConfig
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.perturbation.scratch import ALIGN
 from mezo_scale.planner.architecture import Architecture, Shapes, architecture
-from mezo_scale.planner.strategy import BYTES, Strategy, Workload
+from mezo_scale.planner.workload import BYTES, Workload
 
 LEARNING_ROWS = 3  # rows of the small runs with which the view learns how a model divides (perturbation/pairing.py)
 
@@ -68,14 +69,14 @@ def memory(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> 
 
 def shard_numel(shapes: Shapes, strategy: Strategy) -> int:
     """Elements that a rank stores of parameters of these shapes, padding included."""
-    if strategy.name == "zero3":  # flat, each parameter in equal parts
+    if strategy.is_deepspeed:  # flat, each parameter in equal parts
         return sum(-(-math.prod(shape) // strategy.shard) for shape in shapes)
     return sum(-(-shape[0] // strategy.shard) * math.prod(shape[1:]) for shape in shapes)  # rows of dim 0
 
 
 def gathered_dtype(kind: str, strategy: Strategy, workload: Workload) -> str:
     """What a unit of this kind is gathered in: FSDP2's layers in the compute dtype, all else as stored."""
-    if kind == "layer" and strategy.name in ("fsdp2", "hsdp"):
+    if kind == "layer" and not strategy.autocasts:
         return workload.dtype
     return workload.stored(strategy)
 
@@ -83,13 +84,15 @@ def gathered_dtype(kind: str, strategy: Strategy, workload: Workload) -> str:
 def _moments(arch: Architecture, strategy: Strategy, workload: Workload, tall: int) -> Iterator[tuple[int, int, int]]:
     """(gathered, activations, logits) at each moment that may be the peak of a forward pass of `tall` rows."""
     inside = {kind: _inside(arch, strategy, workload, tall, kind) for kind in ("root", "table", "layer", "last")}
-    if strategy.name == "single":
-        yield 0, *inside["layer"]
-        yield 0, *inside["last"]
-    elif strategy.name == "zero3":
-        yield from _moments_zero3(arch, strategy, workload, inside)
-    else:
-        yield from _moments_fsdp2(arch, strategy, workload, inside)
+    yield from _MOMENTS[strategy.name](arch, strategy, workload, inside)
+
+
+def _moments_whole(
+    arch: Architecture, strategy: Strategy, workload: Workload, inside: dict[str, tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """A whole model is gathered from nowhere."""
+    yield 0, *inside["layer"]
+    yield 0, *inside["last"]
 
 
 def _moments_fsdp2(
@@ -128,14 +131,22 @@ def _moments_zero3(
     yield live * size, *inside["last"]
 
 
+_MOMENTS = {
+    "single": _moments_whole,
+    "ddp": _moments_whole,
+    "fsdp2": _moments_fsdp2,
+    "hsdp": _moments_fsdp2,
+    "zero3": _moments_zero3,
+}
+
+
 def _inside(arch: Architecture, strategy: Strategy, workload: Workload, tall: int, kind: str) -> tuple[int, int]:
     """(activations, logits) while a unit of this kind computes; kind "last": while logits are made and compared."""
     compute, stored = BYTES[workload.dtype], BYTES[workload.stored(strategy)]
     stream = tall * workload.tokens * arch.hidden  # elements of the residual stream
-    sharded = strategy.name in ("fsdp2", "hsdp")
-    outer = stored if sharded else compute  # FSDP2's mixed precision casts at the borders of a layer
+    outer = compute if strategy.autocasts else stored  # FSDP2's mixed precision casts at the borders of a layer
     if kind == "last":
-        table = BYTES[gathered_dtype("table", strategy, workload)] if sharded else compute
+        table = compute if strategy.autocasts else BYTES[gathered_dtype("table", strategy, workload)]
         return stream * outer, tall * workload.positions * arch.vocabulary * (table + 2 * 4)
     between = 2 * stream * outer  # what the embeddings gave, which the model keeps, and what the layer is given
     if kind != "layer":
@@ -143,7 +154,7 @@ def _inside(arch: Architecture, strategy: Strategy, workload: Workload, tall: in
     if outer != compute:
         between += stream * outer  # the layer is given a copy in its own dtype
     # Under autocast, normalisation inside attention leaves it in float32.
-    attention = arch.attention * (stored if not sharded else compute)
+    attention = arch.attention * (stored if strategy.autocasts else compute)
     widest = tall * workload.tokens * max(arch.inner * compute, attention)
     mask = tall * workload.tokens**2
     # The residual, what normalisation made of it, and the widest part.
@@ -154,7 +165,7 @@ def _scratch(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
     """One buffer per dtype, as large as the largest module's perturbed weights: in two branches, if there are two."""
     largest: dict[str, int] = defaultdict(int)
     together = min(workload.branches, 2)
-    autocast = strategy.master and strategy.name in ("single", "zero3")
+    autocast = strategy.master and strategy.autocasts
     for owner in arch.owners:
         if owner.lookup:
             continue

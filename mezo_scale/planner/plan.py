@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from mezo_scale.distributed.layout import STRATEGIES, Strategy
 from mezo_scale.errors import RecipeError, ShardingError
 from mezo_scale.planner.architecture import architecture
 from mezo_scale.planner.memory import Memory, memory, shard_numel
 from mezo_scale.planner.rates import Rates, seconds
-from mezo_scale.planner.strategy import GIB, Strategy, Workload
 from mezo_scale.planner.traffic import Traffic, traffic
+from mezo_scale.planner.workload import GIB, Workload
 
 NVME_CONFIG, NVME_BUFFER = "ds_configs/zero3_offload_nvme.json", 100_000_000  # elements: its buffer_size
-_SIMPLEST = ("single", "fsdp2", "hsdp", "zero3")
 _MANY = 4096  # devices, beyond which nobody is sent
 
 
@@ -85,18 +85,18 @@ def strategies(cluster: Cluster, workload: Workload) -> Iterator[Strategy]:
     gpus = cluster.gpus
     masters = {"bfloat16": (True, False), "float16": (False,), "float32": (False,)}[workload.dtype]
     for master in masters:
-        yield Strategy("single", 1, gpus, None, master)
+        yield Strategy("ddp", replicate=gpus, master=master)
         for offload in (None, "cpu"):
             if gpus > 1 or offload:
-                yield Strategy("fsdp2", gpus, 1, offload, master)
+                yield Strategy("fsdp2", shard=gpus, offload=offload, master=master)
             for copies in range(2, gpus):
                 if gpus % copies == 0:
-                    yield Strategy("hsdp", gpus // copies, copies, offload, master)
+                    yield Strategy("hsdp", replicate=copies, shard=gpus // copies, offload=offload, master=master)
         if workload.dtype != "float16":  # there is no DeepSpeed configuration for it
             for offload in (None, "cpu", "nvme"):
                 stored = "float32" if master else workload.dtype
                 if (gpus > 1 or offload) and (offload != "nvme" or stored == "float32"):
-                    yield Strategy("zero3", gpus, 1, offload, master)
+                    yield Strategy("zero3", shard=gpus, offload=offload, master=master)
 
 
 def plan(
@@ -121,7 +121,7 @@ def recommended(entries: list[Entry]) -> Entry | None:
             (None, "cpu", "nvme").index(entry.strategy.offload),
             round(entry.seconds, 3),
             entry.traffic.gathered,
-            _SIMPLEST.index(entry.strategy.name),
+            STRATEGIES.index(entry.strategy.name),
         ),
         default=None,
     )
@@ -146,7 +146,7 @@ def devices_needed(
     """From how many such devices on FSDP2 over all of them fits; None: on no number."""
 
     def fits(gpus: int) -> bool:
-        peak = memory(config, Strategy("fsdp2", gpus, 1, offload, master), workload).peak
+        peak = memory(config, Strategy("fsdp2", shard=gpus, offload=offload, master=master), workload).peak
         return peak <= cluster.usable_gib * GIB
 
     node = cluster.gpus_per_node

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 
 from transformers import PretrainedConfig
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import RecipeError
 from mezo_scale.planner.architecture import architecture
-from mezo_scale.planner.strategy import Strategy, Workload
 from mezo_scale.planner.traffic import traffic
+from mezo_scale.planner.workload import Workload
 
 FORMULA = """\
 step = max(gather, compute) + update
@@ -66,7 +67,7 @@ def seconds(
 ) -> float:
     """Estimated seconds per step, by `FORMULA`. Latencies, loading of data and evaluations are left out."""
     arch, moved = architecture(config), traffic(config, strategy, workload, gpus_per_node)
-    ranks = min(strategy.gpus, gpus_per_node)
+    ranks = min(strategy.world_size, gpus_per_node)
     disk = moved.host * ranks / (rates.nvme_gb_s * 1e9) if strategy.offload == "nvme" else 0.0
     gather = max(
         moved.inside_node / (rates.inside_gb_s * 1e9),

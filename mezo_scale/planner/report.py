@@ -14,7 +14,7 @@ from mezo_scale.planner.command import command
 from mezo_scale.planner.memory import Memory
 from mezo_scale.planner.plan import Cluster, Entry, devices_needed, plan, recommended, with_dry_run
 from mezo_scale.planner.rates import FORMULA, Rates
-from mezo_scale.planner.strategy import GIB, Workload
+from mezo_scale.planner.workload import GIB, Workload
 
 _PARTS = ("shards", "master", "gathered", "scratch", "activations", "logits")
 
@@ -56,7 +56,7 @@ class Report:
         config = config_of(model)
         entries = plan(config, cluster, workload, rates)
         for number, entry in enumerate(entries if dry_run is not None else []):
-            if entry.fits and entry.strategy.name != "zero3" and entry.strategy.offload is None:
+            if entry.fits and entry.strategy.can_dry_run:
                 dry_run(f"dry run: {entry.strategy.layout}, stored in {workload.stored(entry.strategy)}")
                 entries[number] = with_dry_run(config, entry, workload)
         return cls(model, config, cluster, workload, rates, recipe, entries)
@@ -84,7 +84,7 @@ class Report:
         strategy, moved, choice = entry.strategy, entry.traffic, self.choice
         return {
             "strategy": strategy.name,
-            "gpus": strategy.gpus,
+            "gpus": strategy.world_size,
             "replicate": strategy.replicate,
             "shard": strategy.shard,
             "offload": strategy.offload,

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.planner.architecture import Architecture, architecture
 from mezo_scale.planner.memory import gathered_dtype, shard_numel
-from mezo_scale.planner.strategy import BYTES, Strategy, Workload
+from mezo_scale.planner.workload import BYTES, Workload
 
 MAX_REUSE = 1_000_000_000  # ds_configs/*.json: a weight used again within so many elements is kept, not gathered again
 _FLOAT64 = 8
@@ -43,17 +44,15 @@ def traffic(config: PretrainedConfig, strategy: Strategy, workload: Workload, gp
     if strategy.offload is not None:
         stored = sum(shard_numel(unit.shapes, strategy) for unit in arch.units)
         host = stored * BYTES[workload.stored(strategy)]
-    scalars = _FLOAT64 * (workload.branches + 3) if strategy.gpus > 1 else 0
+    scalars = _FLOAT64 * (workload.branches + 3) if strategy.world_size > 1 else 0
     return Traffic(gathered, received - between, between, host, scalars)
 
 
 def _gathered(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
-    if strategy.name == "single":
-        return 0
     total = sum(
         shard_numel(unit.shapes, strategy) * BYTES[gathered_dtype(unit.kind, strategy, workload)] for unit in arch.units
     )
-    if strategy.name == "zero3":
+    if strategy.is_deepspeed:
         total += _again(arch, strategy) * BYTES[workload.stored(strategy)]
     return total * strategy.shard
 

@@ -120,9 +120,10 @@ class TrainSection(Section):
 class ShardingSection(Section):
     """How the weights are spread over the ranks. Changes no result beyond rounding, and may change between sessions."""
 
-    strategy: Literal["single", "fsdp2", "hsdp", "zero3"] = Field(
+    strategy: Literal["single", "ddp", "fsdp2", "hsdp", "zero3"] = Field(
         "single",
-        description="single: each rank holds the model. fsdp2: sharded over all ranks. hsdp: sharded inside groups of "
+        description="single: one rank holds the model. ddp: each rank does, and the rows are split; single on several "
+        "ranks is the same. fsdp2: sharded over all ranks. hsdp: sharded inside groups of "
         "ranks, only scalars cross between the groups. zero3: DeepSpeed ZeRO-3.",
     )
     replicate: int | None = Field(

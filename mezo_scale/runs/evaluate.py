@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mezo_scale import collectives, models
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import joined
 from mezo_scale.models import Loaded
 from mezo_scale.optim.replay import replay
@@ -65,11 +66,14 @@ def evaluate(
     `progress` is called with (forward passes done, forward passes in all).
     """
     order = np.argsort([example.length for example in examples], kind="stable")
-    per_round = batch_size * collectives.world_size()
+    axes = loaded.strategy.axes
+    per_round = batch_size * axes.rows_size
     rounds = math.ceil(len(order) / per_round)
     sums = [0.0, 0.0]
     for number in range(rounds):
-        mine = order[number * per_round : (number + 1) * per_round][collectives.rank() :: collectives.world_size()]
+        mine = order[number * per_round : (number + 1) * per_round][
+            axes.rows_rank(collectives.rank()) :: axes.rows_size
+        ]
         chosen = mine if len(mine) else order[:1]
         batch = collate([examples[index] for index in chosen], loaded.tokenizer.pad_token_id)
         batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
@@ -87,7 +91,7 @@ def evaluate(
 def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Evaluation, int]:
     """The accuracy of a recipe's model; of a run's, after the steps in its directory. Returns it and those steps."""
     run = RunDirectory(Path(recipe.output.dir))
-    with joined(always_group=recipe.sharding.strategy != "single") as world:
+    with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
         with world.together():
             models.check(recipe, world)
             splits = EncodedSplits.read(recipe)

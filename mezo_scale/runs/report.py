@@ -34,8 +34,10 @@ def as_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     return table
 
 
-def write_report(run: RunDirectory, recipe: Recipe, results: Mapping[str, Any], commands: Mapping[str, str]) -> None:
-    """report.md and the plot it shows."""
+def write_report(
+    run: RunDirectory, recipe: Recipe, layout: str, results: Mapping[str, Any], commands: Mapping[str, str]
+) -> None:
+    """report.md and the plot it shows. `layout`: `Strategy.layout`."""
     _plot(run, results)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)
@@ -45,7 +47,7 @@ def write_report(run: RunDirectory, recipe: Recipe, results: Mapping[str, Any], 
         "",
         f"MeZO, {results['tuned']['step']} steps of {recipe.train.batch_size} examples, lr {recipe.optimizer.lr:g}, "
         f"eps {recipe.optimizer.eps:g}, {recipe.optimizer.num_directions} direction(s), seed {recipe.optimizer.seed}; "
-        f"{median}{recipe.sharding.strategy}.",
+        f"{median}{layout}.",
         "",
         f"| {' | '.join(RESULT_COLUMNS)} |",
         "|---|---|---|---|",

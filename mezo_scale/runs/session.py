@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mezo_scale import models
 from mezo_scale.collectives import broadcast_bytes, max_integer
 from mezo_scale.distributed import preflight
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import RecipeError
@@ -43,7 +44,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         MezoError: for whatever the user can mend.
     """
-    with joined(always_group=recipe.sharding.strategy != "single") as world:
+    with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
         run = RunDirectory(Path(recipe.output.dir))
         with world.together():
             models.check(recipe, world)
@@ -72,7 +73,7 @@ class Trainer:
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
-            f"{recipe.sharding.strategy}, {world.device.type}"
+            f"{self.loaded.strategy.layout}, {world.device.type}"
         )
 
     def go(self, done: int) -> None:
@@ -99,7 +100,9 @@ class Trainer:
             checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
         commands = self._commands()
         if self.world.rank == 0:
-            write_report(self.run, self.recipe, self.run.add_evaluation(**results), commands)
+            write_report(
+                self.run, self.recipe, self.loaded.strategy.layout, self.run.add_evaluation(**results), commands
+            )
         self.screen.show(as_table(result_rows(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
         self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
         for what, command in commands.items():
@@ -165,7 +168,8 @@ class Trainer:
         """This rank's rows of a step."""
         recipe, examples = self.recipe, self.splits.train
         rows = step_indices(recipe.optimizer.seed, step, len(examples), recipe.train.batch_size)
-        chosen = [examples[row] for row in share(rows, self.world.rank, self.world.size)]
+        axes = self.loaded.strategy.axes
+        chosen = [examples[row] for row in share(rows, axes.rows_rank(self.world.rank), axes.rows_size)]
         if recipe.train.objective == "language_modeling":
             chosen = [example.gold for example in chosen]
         batch = collate(chosen, self.loaded.tokenizer.pad_token_id)

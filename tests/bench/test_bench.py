@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig
 
 from mezo_scale.bench import processes, report, sweep
 from mezo_scale.bench.cell import Cell, Grid, quick
@@ -166,7 +167,7 @@ def test_efficiency_is_tokens_per_rank_against_the_fewest_ranks() -> None:
     assert efficiency(zero3, "strong", [zero3]) is None
 
 
-def test_the_plan_beside_a_cell_is_that_of_its_layout() -> None:
+def test_the_plan_beside_a_cell_is_that_of_its_layout(tmp_path: Path) -> None:
     weights = 4 * 125_239_296  # OPT-125m has 125,239,296 parameters
     _, gathered, reduced = planned(Cell("random:opt-125m", "fsdp2", 2, 2, 16, num_directions=4))
     assert (gathered, reduced) == (pytest.approx(weights, rel=1e-4), 8 * (8 + 3))
@@ -176,6 +177,8 @@ def test_the_plan_beside_a_cell_is_that_of_its_layout() -> None:
     assert peak is not None
     assert weights < peak < 2 * weights
     assert planned(Cell("random:opt-125m", "fsdp2", 2, 2, 16, "adamw")) == (None, None, None)
+    MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)  # no arithmetic for it
+    assert planned(Cell(f"{tmp_path}/", "fsdp2", 2, 2, 16)) == (None, None, None)
     assert planned(Cell("./gone", "fsdp2", 2, 2, 16)) == (None, None, None)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mezo_scale import models
 from mezo_scale.distributed.world import SharedError, World
-from mezo_scale.errors import RecipeError, ShardingError
+from mezo_scale.errors import RecipeError
 from mezo_scale.models import checkpoints
 from mezo_scale.recipe import Recipe, parse
 from mezo_scale.runs.evaluate import Evaluation, evaluate
@@ -52,10 +52,11 @@ def there_and_back(folder: str, strategy: str, out: str) -> tuple[float, int, in
 
 
 CELLS = [
-    *(("fsdp2", name, 3) for name in ("llama", "llama-untied", "opt", "gpt2", "mixtral")),
+    *(("fsdp2", name, 3) for name in ("llama", "llama-untied", "opt", "gpt2", "mixtral", "mamba")),
     *(("hsdp", name, 4) for name in ("llama", "opt")),
     *(("zero3", name, 2) for name in ("llama", "opt", "mixtral")),
     ("single", "llama", 2),
+    ("ddp", "llama", 2),
     ("fsdp2", "llama", 1),
 ]
 
@@ -66,7 +67,7 @@ def test_a_model_that_is_loaded_sharded_and_saved_is_the_same_checkpoint(
 ) -> None:
     folder, out = material.write_model(name, tmp_path / "model"), tmp_path / "saved"
     results = ranks(world_size, there_and_back, folder=str(folder), strategy=strategy, out=str(out))
-    parts = {"single": 1, "hsdp": world_size // 2}.get(strategy, world_size)
+    parts = {"single": 1, "ddp": 1, "hsdp": world_size // 2}.get(strategy, world_size)
     for difference, stored, whole in results:
         assert difference < 1e-5
         # Padding of FSDP and ZeRO-3 is no shard; uneven tables leave some ranks with a row less.
@@ -98,10 +99,12 @@ def units(folder: str) -> tuple[list[str], list[str], bool]:
     return list(named), gathered, head.weight is table.weight
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-untied", "opt", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "opt", "gpt2", "mamba"])
 def test_a_unit_is_a_layer_and_frees_its_weights_after_the_forward(ranks: Ranks, tmp_path: Path, name: str) -> None:
     folder = material.write_model(name, tmp_path / "model")
-    prefix = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}.get(name, "model.layers")
+    prefix = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "mamba": "backbone.layers"}.get(
+        name, "model.layers"
+    )
     expected = {"", f"{prefix}.0", f"{prefix}.1"}
     if name == "llama-untied":
         expected |= {"model.embed_tokens", "lm_head"}
@@ -152,26 +155,6 @@ def refusals(on_rank: int) -> str:
 def test_what_one_rank_can_not_find_stops_all_with_its_message(ranks: Ranks) -> None:
     assert ranks(3, refusals, on_rank=2) == ["there is no file here"] * 3
     assert ranks(3, refusals, on_rank=5) == [""] * 3
-
-
-def shape(replicate: int | None, strategy: str, size: int, local_size: int) -> tuple[int, int]:
-    sharding = parse(
-        {"model": {"name": "m"}, "task": {"data": "d"}, "sharding": {"strategy": strategy, "replicate": replicate}}
-    ).sharding
-    return models.mesh_shape(sharding, World(0, 0, local_size, size, torch.device("cpu")))
-
-
-def test_the_mesh_divides_the_processes_or_says_what_would() -> None:
-    assert shape(None, "single", 4, 4) == (4, 1)
-    assert shape(None, "fsdp2", 6, 6) == (1, 6)
-    assert shape(2, "hsdp", 8, 8) == (2, 4)
-    assert shape(None, "hsdp", 8, 4) == (2, 4)
-    with pytest.raises(ShardingError) as error:
-        shape(3, "hsdp", 8, 8)
-    assert str(error.value) == (
-        "sharding.replicate is 3, but WORLD_SIZE is 8, which 3 does not divide: set sharding.replicate to 1 or 2 or 4 "
-        "or 8, or start 9 processes"
-    )
 
 
 def random_weights(name: str, strategy: str) -> tuple[int, float, int]:

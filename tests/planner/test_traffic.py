@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 import mezo_scale as ms
 from mezo_scale.models import shard_fsdp2
@@ -18,13 +17,11 @@ def counted(strategy: Strategy, dtype: str, name: str, directions: int) -> tuple
     stored = torch.float32 if strategy.master else getattr(torch, dtype)
     model = models.build(name, dtype=stored)
     close = None
-    if strategy.name == "zero3":
+    if strategy.is_deepspeed:
         sharded = layouts.zero3(model)
         model, close = sharded.model, sharded.close
     else:
-        mesh = init_device_mesh("cpu", (strategy.replicate, strategy.shard), mesh_dim_names=("replicate", "shard"))
-        mixed = getattr(torch, dtype) if strategy.master else None
-        shard_fsdp2(model, mesh if strategy.replicate > 1 else mesh["shard"], mixed)
+        shard_fsdp2(model, strategy.mesh("cpu"), getattr(torch, dtype) if strategy.master else None)
     optimizer = ms.MeZO(model, num_directions=directions)
     batch, objective = models.batch(name, 2, seed=dist.get_rank()), models.objective(name)
     for _ in range(3):  # the first step looks at the model, and ZeRO-3 learns the order of modules
@@ -37,20 +34,21 @@ def counted(strategy: Strategy, dtype: str, name: str, directions: int) -> tuple
 
 
 CELLS = [
-    (Strategy("fsdp2", 2), "bfloat16"),
-    (Strategy("fsdp2", 2, master=True), "bfloat16"),
-    (Strategy("fsdp2", 4), "float32"),
-    (Strategy("fsdp2", 4, master=True), "bfloat16"),
-    (Strategy("hsdp", 2, 2), "bfloat16"),
-    (Strategy("hsdp", 2, 2, master=True), "bfloat16"),
-    (Strategy("zero3", 2), "float32"),
-    (Strategy("zero3", 4), "float32"),
-    (Strategy("zero3", 2), "bfloat16"),
+    (Strategy("fsdp2", shard=2), "bfloat16"),
+    (Strategy("fsdp2", shard=2, master=True), "bfloat16"),
+    (Strategy("fsdp2", shard=4), "float32"),
+    (Strategy("fsdp2", shard=4, master=True), "bfloat16"),
+    (Strategy("hsdp", replicate=2, shard=2), "bfloat16"),
+    (Strategy("hsdp", replicate=2, shard=2, master=True), "bfloat16"),
+    (Strategy("zero3", shard=2), "float32"),
+    (Strategy("zero3", shard=4), "float32"),
+    (Strategy("zero3", shard=2), "bfloat16"),
 ]
 
 
 NAMES = [
-    f"{strategy.layout}, {strategy.gpus} ranks, {dtype}{' + master' * strategy.master}" for strategy, dtype in CELLS
+    f"{strategy.layout}, {strategy.world_size} ranks, {dtype}{' + master' * strategy.master}"
+    for strategy, dtype in CELLS
 ]
 
 
@@ -59,5 +57,5 @@ NAMES = [
 def test_a_step_moves_the_bytes_of_the_plan(ranks: Ranks, strategy: Strategy, dtype: str, name: str) -> None:
     config = models.build(name).config
     expected = traffic(config, strategy, Workload(2, models.LENGTH, branches=4, dtype=dtype))
-    results = ranks(strategy.gpus, counted, strategy=strategy, dtype=dtype, name=name, directions=2)
-    assert results == [(expected.gathered, expected.scalars, 1)] * strategy.gpus
+    results = ranks(strategy.world_size, counted, strategy=strategy, dtype=dtype, name=name, directions=2)
+    assert results == [(expected.gathered, expected.scalars, 1)] * strategy.world_size

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mezo_scale.distributed.layout import Strategy
 from mezo_scale.models import Loaded
 from mezo_scale.runs.evaluate import evaluate, majority, wilson
 from mezo_scale.tasks.encoding import Encoded
@@ -20,7 +21,7 @@ def test_every_example_counts_once_whatever_the_batch_size() -> None:
         return tuple(torch.randint(5, 250, (count,), generator=generator).tolist())
 
     examples = [Encoded(tokens(2 + n % 5), ((7,), (8,)), n % 2) for n in range(11)]
-    loaded = Loaded(material.build("llama"), material.tokenizer(), torch.device("cpu"))
+    loaded = Loaded(material.build("llama"), material.tokenizer(), torch.device("cpu"), Strategy("single"))
     loaded.tokenizer.pad_token_id = 0
     scores = [by_hand(loaded.model, example) for example in examples]
     right = sum((score[1] > score[0]) == example.label for score, example in zip(scores, examples, strict=True))

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
@@ -51,6 +52,10 @@ CONFIGS = {
         max_position_embeddings=80,
     ),
     "gpt2": GPT2Config(vocab_size=VOCABULARY + 1, n_embd=32, n_layer=2, n_head=4, n_positions=80),
+    # A block, and the mixer inside of it, are both not to be split.
+    "mamba": MambaConfig(
+        vocab_size=VOCABULARY + 1, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4
+    ),
     # Its checkpoint's weights have other names and shapes than the module's.
     "mixtral": MixtralConfig(
         vocab_size=VOCABULARY + 1,
