@@ -227,6 +227,7 @@ class View:
             else:
                 module.__dict__["forward"] = saved
 
+        forward.__wrapped__ = original  # type: ignore[attr-defined]  # callers look at a model's signature
         module.__dict__["forward"] = forward
         self._opened.callback(restore)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -262,6 +263,14 @@ def test_modules_find_their_own_weights_again_when_the_view_is_closed() -> None:
         assert nn.Module.__getattr__ is not plain
     assert nn.Module.__getattr__ is plain
     assert type(model.conv.weight) is nn.Parameter
+
+
+def test_a_models_signature_can_be_looked_at_inside_a_view() -> None:
+    model, x = make(HandedDown)
+    before = inspect.signature(model.forward), inspect.signature(model.apply_to.forward)
+    with ms.perturbed(model, BRANCHES):
+        model(torch.cat([x, x]))
+        assert (inspect.signature(model.forward), inspect.signature(model.apply_to.forward)) == before
 
 
 @pytest.mark.parametrize("how", ["block in place", "whole", "whole, first called in the view"])
