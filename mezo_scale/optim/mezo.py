@@ -14,7 +14,8 @@ from torch import nn
 
 from mezo_scale import collectives, noise
 from mezo_scale.errors import RankError, ShardingError
-from mezo_scale.optim.losses import Batch, Estimator, Objective, Sums
+from mezo_scale.optim.batch import Batch
+from mezo_scale.optim.losses import Estimator, Objective, Sums
 from mezo_scale.optim.replay import Progress, apply_all_, describe
 from mezo_scale.optim.replay import load as load_trajectory
 from mezo_scale.optim.update import Writer
