@@ -4,7 +4,9 @@ rests on, and losses would look right while the updates went to storage that nob
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +14,13 @@ from torch import nn
 from mezo_scale.sharding import dtensor, flat_param, zero3
 
 Mark = tuple[object, ...]
+Parameters = dict[str, nn.Parameter | None]
+Getter = Callable[[Any], torch.Tensor]
+_LOCAL, _PARTITION = attrgetter("_local_tensor"), attrgetter("ds_tensor")
 
 
 class Watch:
-    """A model's modules, parameters and storages as they are now, to be compared on every step in tens of microseconds.
+    """A model's modules, parameters and storages as they are now, to be compared on every step.
 
     Args:
         model: as given to `discover`, in its sharded form.
@@ -30,46 +35,51 @@ class Watch:
             own[module].append(attr)
         flattened = {module for part in flat_param.slices(model) for module, _ in part.places}
         self._counts = [(module._parameters, len(module._parameters)) for module in own if module not in flattened]
-        self._tuned: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, Mark]] = []
-        self._frozen: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._tuned: list[tuple[Parameters, str, nn.Parameter, Getter | None, Mark]] = []
+        self._paged: list[tuple[Parameters, str, nn.Parameter, object]] = []
+        self._frozen: list[tuple[Parameters, str]] = []
         for module, attrs in own.items():
             for attr in attrs:
-                param = module._parameters[attr]
-                if param is not None and param.requires_grad:
-                    self._tuned.append((module._parameters, attr, param, _mark(param)))
-                else:
-                    self._frozen.append((module._parameters, attr))
+                self._note(module._parameters, attr)
+
+    def _note(self, params: Parameters, attr: str) -> None:
+        param: Any = params[attr]
+        if not param.requires_grad:
+            self._frozen.append((params, attr))
+        elif zero3.owns(param) and zero3.paged(param) is not None:
+            self._paged.append((params, attr, param, param.ds_tensor))
+        else:
+            getter = _LOCAL if dtensor.owns(param) else _PARTITION if zero3.owns(param) else None
+            self._tuned.append((params, attr, param, getter, _mark(param if getter is None else getter(param))))
 
     def is_unchanged(self) -> bool:
         """Whether every storage that a layout would list is the one it listed."""
-        return (
-            all(tuple(modules.values()) == children for modules, children in self._children)
-            and all(len(params) == count for params, count in self._counts)
-            and all(
-                params.get(attr) is param and param.requires_grad and _mark(param) == mark
-                for params, attr, param, mark in self._tuned
-            )
-            and not any(
-                param is not None and param.requires_grad
-                for param in (params.get(attr) for params, attr in self._frozen)  # offloading replaces frozen ones
-            )
-            and all(_flat_mark(unit) == mark for unit, mark in self._units)
-        )
+        for children, listed in self._children:
+            if tuple(children.values()) != listed:
+                return False
+        for params, count in self._counts:
+            if len(params) != count:
+                return False
+        for params, attr in self._frozen:  # not their storage, which offloading replaces at every forward
+            param = params.get(attr)
+            if param is not None and param.requires_grad:
+                return False
+        for params, attr, tuned, getter, mark in self._tuned:
+            if params.get(attr) is not tuned or not tuned.requires_grad:
+                return False
+            if _mark(tuned if getter is None else getter(tuned)) != mark:
+                return False
+        for params, attr, tuned, stored in self._paged:
+            if params.get(attr) is not tuned or not tuned.requires_grad or _PARTITION(tuned) is not stored:
+                return False
+        return all(_flat_mark(unit) == mark for unit, mark in self._units)
 
 
-def _mark(param: torch.Tensor) -> Mark:
-    """Tells a parameter's storage on this rank from any other while the old one is kept alive, as layouts do."""
-    if zero3.owns(param):
-        stored = param.ds_tensor  # type: ignore[attr-defined]
-        return (id(stored), stored.dtype) if zero3.paged(param) is not None else _storage(stored)
-    return _storage(param._local_tensor if dtensor.owns(param) else param)  # type: ignore[attr-defined]
-
-
-def _storage(tensor: torch.Tensor) -> Mark:
-    # Not the address of its elements: fake tensors have none.
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape
+def _mark(stored: torch.Tensor) -> Mark:
+    """Tells a storage from any other while it is kept alive, as layouts do. Fake tensors have no address to compare."""
+    return stored.untyped_storage()._cdata, stored.storage_offset(), stored.dtype, stored.shape
 
 
 def _flat_mark(unit: nn.Module) -> Mark:
     flat, stored, trainable = flat_param.held(unit)
-    return id(flat), *_storage(stored), trainable
+    return id(flat), *_mark(stored), trainable
