@@ -244,8 +244,11 @@ class MeZO(torch.optim.Optimizer):
         self._check_run_state(found)
         names = groups.members(saved_groups)
         mine = dict(zip(names, groups.members(self.param_groups), strict=False))  # torch refuses another number
-        entries = state_dict["state"].items()
-        remainders = {mine[name]: entry["remainder"] for name, entry in entries if "remainder" in entry}
+        remainders = {
+            mine[name]: entry["remainder"]
+            for name, entry in state_dict["state"].items()
+            if name in mine and "remainder" in entry
+        }
         self._writer.check_state(remainders)
         super().load_state_dict({"state": {}, "param_groups": saved_groups})
         self._writer.load_state_(remainders)
