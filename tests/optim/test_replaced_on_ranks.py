@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -54,19 +55,20 @@ def zero3(model: nn.Module) -> nn.Module:
     return engine
 
 
-def prepared(model: nn.Module, opt: ms.MeZO, **options: Any) -> tuple[nn.Module, Any]:
-    return Accelerator(cpu=True, **options).prepare(model, opt)
-
-
 def prepared_fsdp2(model: nn.Module, opt: ms.MeZO) -> tuple[nn.Module, Any]:
-    return prepared(model, opt, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap"))
+    accelerator = Accelerator(cpu=True)
+    # accelerate itself shards on accelerators only; what it does to a model and its optimizer is the same.
+    state = AcceleratorState._shared_state
+    state["distributed_type"] = DistributedType.FSDP
+    state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    return accelerator.prepare(model, opt)
 
 
 WAYS: dict[str, Callable[[nn.Module, ms.MeZO], tuple[nn.Module, Any]]] = {
     "fully_shard": lambda model, opt: (shard_all(model), opt),
     "DistributedDataParallel": lambda model, opt: (DistributedDataParallel(model), opt),
     "ZeRO-3": lambda model, opt: (zero3(model), opt),
-    "accelerate": prepared,
+    "accelerate": lambda model, opt: Accelerator(cpu=True).prepare(model, opt),
     "accelerate, FSDP2": prepared_fsdp2,
 }
 
