@@ -37,8 +37,9 @@ class MeZO(torch.optim.Optimizer):
         eps: scale of the perturbation.
         num_directions: directions averaged per step (n-SPSA); each costs two forwards of the batch.
         seed: of the run; direction k of step t has a seed that follows from (seed, t, k).
-        trajectory: path of the run's log. If the file exists and fits the model, its steps are applied first and the
-            run goes on after them (the model must hold the base weights). Written by rank 0; None keeps no log.
+        trajectory: path of the run's log. If the file exists and fits the model, its frozen weights, seed and eps, its
+            steps are applied first and the run goes on after them (the model must hold the base weights). Written by
+            rank 0; None keeps no log.
         params: torch's parameter groups (dicts with "params" and their own "lr" or "weight_decay"); None: all in one
             group.
         rounding: how 16-bit shards store an update: "nearest", "stochastic", or "master" (a float32 master for bfloat16

@@ -189,12 +189,19 @@ def saved_and_loaded(layout: str, folder: pathlib.Path, through: str) -> tuple[l
     steps(again)
     expected, found_weights = one.gather(), other.gather()
     one.close()
+    other.close()
     return [name for name in expected if not torch.equal(expected[name], found_weights[name])], low
 
 
 @pytest.mark.parametrize(
     ("layout", "through"),
-    [("fsdp2", "torch"), ("fsdp2", "state_dict"), ("fsdp1", "state_dict"), ("fsdp1-flat", "state_dict")],
+    [
+        ("fsdp2", "torch"),
+        ("fsdp2", "state_dict"),
+        ("fsdp1", "state_dict"),
+        ("fsdp1-flat", "state_dict"),
+        ("zero3", "state_dict"),
+    ],
 )
 def test_a_sharded_run_with_masters_is_saved_and_goes_on_with_the_same_bits(
     ranks: Ranks, tmp_path: pathlib.Path, layout: str, through: str
