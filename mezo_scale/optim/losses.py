@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
+from mezo_scale.optim.batch import Batch, repeat, rows, take
 from mezo_scale.perturbation import Branch, PairingError, View
 
-Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> losses of the batch's rows, [rows]."""
 
@@ -45,8 +45,7 @@ class Estimator:
     def of_batch(self, batch: Batch, objective: Objective, branches: Sequence[Branch], micro_batch: int | None) -> Sums:
         """Losses of a batch: ``objective`` sees its rows once per branch, in pieces of ``micro_batch`` rows per
         branch."""
-        rows = _rows(batch)
-        pieces = self._pieces(batch, rows, micro_batch)
+        pieces = self._pieces(batch, rows(batch), micro_batch)
         if self.paired is None:
             self.paired = self._check(pieces[0][0], objective, branches)
         sums, count = [0.0] * len(branches), 0.0
@@ -68,16 +67,16 @@ class Estimator:
             count = float(losses.numel())
         return Sums(sums, count)
 
-    def _pieces(self, batch: Batch, rows: int, micro_batch: int | None) -> list[tuple[Batch, float]]:
+    def _pieces(self, batch: Batch, total: int, micro_batch: int | None) -> list[tuple[Batch, float]]:
         """(rows, weight) of each forward. Ranks with fewer rows repeat one at weight 0: all must gather equally
         often."""
         if micro_batch is None:
             return [(batch, 1.0)]
         if micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}: expected at least 1 row")
-        count = -(-collectives.max_integer(rows) // micro_batch)
-        pieces = [(_slice(batch, start, start + micro_batch), 1.0) for start in range(0, rows, micro_batch)]
-        return pieces + [(_slice(batch, 0, 1), 0.0)] * (count - len(pieces))
+        count = -(-collectives.max_integer(total) // micro_batch)
+        pieces = [(take(batch, start, start + micro_batch), 1.0) for start in range(0, total, micro_batch)]
+        return pieces + [(take(batch, 0, 1), 0.0)] * (count - len(pieces))
 
     def _evaluate(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """Per-row losses, float64 [branches, rows]."""
@@ -97,18 +96,18 @@ class Estimator:
 
     def _together(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """All branches in one forward of a batch that is repeated once per branch."""
-        rows = _rows(batch)
-        tall = {key: _repeat(value, len(branches)) for key, value in batch.items()}
+        count = rows(batch)
+        tall = repeat(batch, len(branches))
         with self.view.branches(branches):
             losses = objective(self.model, tall)
-        return _per_row(losses, len(branches) * rows).view(len(branches), rows)
+        return _per_row(losses, len(branches) * count).view(len(branches), count)
 
     def _apart(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """One forward per branch."""
-        rows, parts = _rows(batch), []
+        count, parts = rows(batch), []
         for branch in branches:
             with self.view.branches([branch]):
-                parts.append(_per_row(objective(self.model, batch), rows))
+                parts.append(_per_row(objective(self.model, batch), count))
         return torch.stack(parts)
 
     def _check(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> bool:
@@ -149,33 +148,6 @@ def _widest(view: View) -> torch.dtype:
     """The dtype that decides how closely two ways of computing one loss agree."""
     dtypes = {shard.local.dtype for shard in view.layout.shards} | ({view.dtype} if view.dtype is not None else set())
     return torch.float32 if dtypes == {torch.float32} else torch.bfloat16
-
-
-def _rows(batch: Batch) -> int:
-    """Rows of a batch; every tensor in it must have them along dim 0."""
-    sizes = {key: value.shape[0] for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
-    if not sizes:
-        raise ValueError("the batch holds no tensor: expected a mapping of names to tensors with rows along dim 0")
-    key, rows = next(iter(sizes.items()))
-    for other, size in sizes.items():
-        if size != rows:
-            raise ValueError(
-                f"batch[{other!r}] has {size} rows but batch[{key!r}] has {rows}: rows go along dim 0 of every tensor"
-            )
-    if rows == 0:
-        raise ValueError("the batch has no rows on this rank: give every rank at least one")
-    return int(rows)
-
-
-def _repeat(value: Any, count: int) -> Any:
-    return torch.cat([value] * count) if isinstance(value, Tensor) and value.dim() > 0 else value
-
-
-def _slice(batch: Batch, start: int, stop: int) -> Batch:
-    return {
-        key: value[start:stop] if isinstance(value, Tensor) and value.dim() > 0 else value
-        for key, value in batch.items()
-    }
 
 
 def _per_row(losses: Tensor, rows: int) -> Tensor:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mezo_scale import collectives, noise
-from mezo_scale.errors import RankError, ShardingError
-from mezo_scale.optim.losses import Batch, Estimator, Objective, Sums
-from mezo_scale.optim.replay import Progress, apply_all_, describe
+from mezo_scale.errors import MezoError, ModelError, ShardingError
+from mezo_scale.optim import groups
+from mezo_scale.optim.batch import Batch
+from mezo_scale.optim.losses import Estimator, Objective
+from mezo_scale.optim.measured import Measured
+from mezo_scale.optim.replay import Progress, apply_all_, describe, manifest
 from mezo_scale.optim.replay import load as load_trajectory
 from mezo_scale.optim.update import Writer
-from mezo_scale.perturbation import View
+from mezo_scale.perturbation import Branch, View
+from mezo_scale.sharding import discover
+from mezo_scale.sharding.discovery import check_not_hidden
 from mezo_scale.trajectory import StepRecord, Trajectory
 
 
@@ -33,8 +37,9 @@ class MeZO(torch.optim.Optimizer):
         eps: scale of the perturbation.
         num_directions: directions averaged per step (n-SPSA); each costs two forwards of the batch.
         seed: of the run; direction k of step t has a seed that follows from (seed, t, k).
-        trajectory: path of the run's log. If the file exists and fits the model, its steps are applied first and the
-            run goes on after them (the model must hold the base weights). Written by rank 0; None keeps no log.
+        trajectory: path of the run's log. If the file exists and fits the model, its frozen weights, seed and eps, its
+            steps are applied first and the run goes on after them (the model must hold the base weights). Written by
+            rank 0; None keeps no log.
         params: torch's parameter groups (dicts with "params" and their own "lr" or "weight_decay"); None: all in one
             group.
         rounding: how 16-bit shards store an update: "nearest", "stochastic", or "master" (a float32 master for bfloat16
@@ -76,22 +81,72 @@ class MeZO(torch.optim.Optimizer):
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: expected 0 to 2**64 - 1")
         view = View(model, dtype=dtype, distribution=distribution)
-        groups = params if params is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        given = params if params is not None else [{"params": groups.listed(view.layout)}]
+        super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
         self.model = model
         self.eps = eps
         self.num_directions = num_directions
         self.seed = seed
         self.step_count = 0
         self.last_record: StepRecord | None = None
+        self._dtype, self._paired = dtype, paired
+        self._measured: Measured | None = None
         self._estimator = Estimator(model, view, paired=paired)
-        self._writer = Writer(view.layout, self._group_numbers(view), rounding=rounding, distribution=distribution)
+        for group in self.param_groups:
+            groups.check_owned(group["params"], view.layout)
+        numbers = groups.numbers(self.param_groups, view.layout, {})
+        self._writer = Writer(view.layout, numbers, rounding=rounding, distribution=distribution)
         self._trajectory = None if trajectory is None else self._open(trajectory, progress)
+        self._publish()
 
     @property
     def paired(self) -> bool | None:
         """Whether batches run all branches in one forward; None before the first step has found out."""
         return self._estimator.paired
+
+    def measure(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        batch: Batch | None = None,
+        objective: Objective | None = None,
+        micro_batch: int | None = None,
+    ) -> float:
+        """Evaluate this step's branches on some rows and keep the sums: several calls are one larger batch.
+
+        ``step()`` without arguments then applies the step. Every rank measures at least once per step, and as often as
+        the others where the model is sharded. Arguments as for `step`.
+
+        Returns:
+            The mean loss over these rows of this rank and all branches.
+
+        Raises:
+            ValueError: arguments that can't be evaluated. What was measured before is kept.
+            MezoError: the model was changed in a way that can't be followed; see `step`.
+        """
+        if not (
+            (closure is not None and batch is None and objective is None)
+            or (closure is None and batch is not None and objective is not None)
+        ):
+            raise ValueError("step and measure take either a closure, or both batch and objective")
+        self._follow()
+        branches = self._branches() if self._measured is None else self._measured.branches
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False  # dropout would make the two signs differ by chance
+        try:
+            if closure is not None:
+                with torch.no_grad():
+                    sums = self._estimator.of_closure(closure, branches)
+            else:
+                assert batch is not None
+                assert objective is not None
+                sums = self._estimator.of_batch(batch, objective, branches, micro_batch)
+        finally:
+            for module in training:
+                module.training = True
+        self._measured = Measured(branches, sums) if self._measured is None else self._measured + sums
+        return sum(sums.sums) / (len(branches) * sums.count)
 
     def step(  # type: ignore[override]
         self,
@@ -101,43 +156,45 @@ class MeZO(torch.optim.Optimizer):
         objective: Objective | None = None,
         micro_batch: int | None = None,
     ) -> float:
-        """One step; every rank calls it. Give a closure, or a batch with its objective.
+        """One step; every rank calls it. Give a closure, or a batch with its objective; or nothing, after `measure`.
 
         Args:
             closure: returns a scalar or per-row losses; called once per branch, two per direction. Anything may happen
                 inside.
-            batch: this rank's rows: a mapping whose tensors have them along dim 0. Ranks may have different numbers of
-                rows.
+            batch: this rank's rows: a mapping of names to tensors and arrays with rows along dim 0, and to lists and
+                tuples of one entry per row; it may be nested. Ranks may have different numbers of rows.
             objective: ``fn(model, batch)`` -> losses of the rows it is given, [rows]; all branches run in one forward.
             micro_batch: rows per forward and branch; None: all of them. Bounds activation memory, and costs one gather
                 each.
 
         Returns:
-            The mean loss over rows, ranks and branches.
+            The mean loss over rows, ranks and branches; 0.0 if nothing was measured.
 
         - A loss that is not finite on any rank skips the step on all: recorded, nothing written, the next step goes on.
         - The record is on disk before a weight changes; a process killed in between resumes with that step applied
           once.
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
         - A rank that dies leaves the others waiting in the next collective until the process group's timeout.
+        - A model that was wrapped, cast, loaded by assignment or (un)frozen since the last step is looked at again.
+          Under a trajectory its tuned weights must keep names, shapes, dtypes and groups, else a TrajectoryError says
+          which does not; under rounding "master" their shards too, else a ShardingError.
+        - Without arguments and with nothing measured, nothing happens: torch.distributed.checkpoint steps every
+          optimizer that way.
+        - ``accelerate``'s wrapper passes the closure on only when it synchronises gradients, and drops the calls in
+          between: to accumulate, call `measure` on the optimizer itself.
         """
-        training = [module for module in self.model.modules() if module.training]
-        for module in training:
-            module.training = False  # dropout would make the two signs differ by chance
-        try:
-            seeds = tuple(noise.direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions))
-            branches = [(seed, scale) for seed in seeds for scale in (self.eps, -self.eps)]
-            if closure is not None and batch is None and objective is None:
-                with torch.no_grad():
-                    sums = self._estimator.of_closure(closure, branches)
-            elif closure is None and batch is not None and objective is not None:
-                sums = self._estimator.of_batch(batch, objective, branches, micro_batch)
-            else:
-                raise ValueError("step takes either a closure, or both batch and objective")
-        finally:
-            for module in training:
-                module.training = True
-        record = self._record(seeds, self._mean_losses(sums))
+        if closure is not None or batch is not None or objective is not None:
+            self.measure(closure, batch=batch, objective=objective, micro_batch=micro_batch)
+        if self._measured is None:
+            if any(float(group["lr"]) for group in self.param_groups):  # torch.distributed.checkpoint sets them to 0
+                warnings.warn(
+                    "step() had nothing to apply: give it a closure or a batch, or measure first", stacklevel=2
+                )
+            return 0.0
+        measured, self._measured = self._measured, None
+        if not self._writer.layout.is_current():
+            raise ModelError("the model was wrapped, cast or loaded between measuring and writing: measure again")
+        record = measured.record(self.step_count, self.param_groups, self.last_record)
         if self._trajectory is not None:
             self._trajectory.append(record)
         self._writer.apply_([record])
@@ -145,73 +202,128 @@ class MeZO(torch.optim.Optimizer):
         self.step_count += 1
         return record.loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's: tune parameters that were unfrozen or added to the model with a learning rate of their own.
+
+        Raises:
+            ValueError: they are not trainable parameters of the model, or are in a group already.
+            TrajectoryError: a trajectory is kept, and its groups are fixed.
+        """
+        if not hasattr(self, "_writer"):  # torch's constructor adds the first ones
+            super().add_param_group(param_group)
+            return
+        layout = self._writer.layout if self._writer.layout.is_current() else discover(self.model)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        try:
+            groups.check_owned([param[1] if isinstance(param, tuple) else param for param in params], layout)
+        except ShardingError as error:
+            raise ValueError(str(error)) from None
+        super().add_param_group({**param_group, "params": params})
+        try:
+            self._follow()
+        except MezoError:
+            self.param_groups.pop()
+            raise
+
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and where the run stands. The weights are the model's; a trajectory holds both."""
-        return {**super().state_dict(), "mezo": {"step_count": self.step_count, "seed": self.seed, "eps": self.eps}}
+        """torch's, where the run stands, and under rounding "master" the low bits of the masters, as each parameter's
+        "remainder" (int16). The weights are the model's; a trajectory holds all of it."""
+        self._follow()
+        self._publish()
+        return {**super().state_dict(), "mezo": self._run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        mezo = state_dict["mezo"]
-        self.step_count, self.seed, self.eps = int(mezo["step_count"]), int(mezo["seed"]), float(mezo["eps"])
+        """Take up a saved state; the model holds the weights that were saved with it.
 
-    def _mean_losses(self, sums: Sums) -> list[float]:
-        """Mean loss per branch over all ranks' rows: the step's one all-reduce."""
-        digest = _digest(self.last_record)
-        *total, count, digests, squares = collectives.sum_scalars([*sums.sums, sums.count, digest, digest**2])
-        if squares * collectives.world_size() != digests**2:  # equality in Cauchy-Schwarz: all digests are the same
-            self._name_odd_ranks(digest)
-        return [value / count for value in total]
+        Raises:
+            ValueError: it is of another kind of run, or lacks something; then nothing has changed.
+        """
+        self._follow()
+        saved_groups = state_dict["param_groups"]
+        found = state_dict.get("mezo", saved_groups[0].get("mezo") if saved_groups else None) or {}
+        self._check_run_state(found)
+        names = groups.members(saved_groups)
+        mine = dict(zip(names, groups.members(self.param_groups), strict=False))  # torch refuses another number
+        remainders = {
+            mine[name]: entry["remainder"]
+            for name, entry in state_dict["state"].items()
+            if name in mine and "remainder" in entry
+        }
+        self._writer.check_state(remainders)
+        super().load_state_dict({"state": {}, "param_groups": saved_groups})
+        self._writer.load_state_(remainders)
+        self.step_count, self.seed, self.eps = int(found["step_count"]), int(found["seed"]), float(found["eps"])
+        self._measured = None
+        self._publish()
 
-    def _name_odd_ranks(self, digest: int) -> None:
-        everyone = collectives.gather_integers(digest)
-        usual = max(set(everyone), key=everyone.count)
-        odd = ", ".join(str(rank) for rank, other in enumerate(everyone) if other != usual)
-        raise RankError(
-            f"rank {odd} recorded another step {self.step_count - 1} than the other ranks: give all ranks the same "
-            "seed, eps, learning rate and schedule"
-        )
+    def _run_state(self) -> dict[str, Any]:
+        return {
+            "step_count": self.step_count,
+            "seed": self.seed,
+            "eps": self.eps,
+            "num_directions": self.num_directions,
+            "distribution": self._writer.distribution,
+            "rounding": self._writer.rounding,
+        }
 
-    def _record(self, seeds: tuple[int, ...], losses: list[float]) -> StepRecord:
-        grads = tuple((plus - minus) / (2 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True))
-        loss = sum(losses) / len(losses)
-        finite = all(math.isfinite(value) for value in (loss, *grads))
-        alphas, decays = [], []
+    def _publish(self) -> None:
+        """Put what a checkpoint must hold where torch looks: in the groups, the only part of a state that
+        torch.distributed.checkpoint keeps besides the parameters' own."""
         for group in self.param_groups:
-            lr = float(group["lr"])
-            alphas += [float(np.float32(-lr * grad / len(grads))) if finite else 0.0 for grad in grads]
-            decays.append(float(np.float32(1.0 - lr * group["weight_decay"])) if finite else 1.0)
-        return StepRecord(self.step_count, seeds, grads, tuple(alphas), tuple(decays), loss)
+            group["mezo"] = self._run_state()
+        self.state.clear()
+        if self._writer.state:
+            for param in groups.members(self.param_groups):
+                self.state[param] = {"remainder": self._writer.state[param]} if param in self._writer.state else {}
 
-    def _group_numbers(self, view: View) -> dict[str, int]:
-        """Parameter group of each parameter's canonical name."""
-        if len(self.param_groups) == 1:
-            return {}
-        names = {id(site.module._parameters.get(site.attr)): site.name for site in view.layout.sites}
-        numbers = {}
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if id(param) not in names:
-                    raise ShardingError(
-                        "a parameter group holds a parameter that is not one of the model's own trainable ones "
-                        "(FSDP1 flattens them unless use_orig_params=True): build the groups from the sharded "
-                        "model's parameters"
-                    )
-                numbers[names[id(param)]] = number
-        missing = [shard.name for shard in view.layout.shards if shard.name not in numbers]
-        if missing:
-            raise ShardingError(f"{missing[0]} is trainable but in no parameter group: add it, or freeze it")
-        return numbers
+    def _check_run_state(self, found: dict[str, Any]) -> None:
+        """Raise ValueError if a saved run can't be this one's."""
+        mine = self._run_state()
+        if found.keys() != mine.keys():
+            raise ValueError("the state was not saved by MeZO.state_dict() of this release: give one that was")
+        fixed = ["num_directions", "distribution", "rounding"]
+        if self._trajectory is not None:
+            fixed += ["step_count", "seed", "eps"]  # the open trajectory's
+        for name in fixed:
+            if found[name] != mine[name]:
+                raise ValueError(
+                    f"the state was saved with {name} = {found[name]}, this run has {mine[name]}: make the two agree"
+                )
+
+    def _follow(self) -> None:
+        """Look at the model again if it is no longer the one that was looked at. Raises before anything changes."""
+        if self._writer.layout.is_current():
+            return
+        if self._measured is not None:
+            self._measured = None
+            raise ModelError("the model was wrapped, cast or loaded after it was measured: measure again")
+        old = self._writer
+        view = View(self.model, dtype=self._dtype, distribution=old.distribution)
+        check_not_hidden(old.layout, view.layout)
+        numbers = groups.numbers(self.param_groups, view.layout, old.groups)
+        writer = Writer(view.layout, numbers, rounding=old.rounding, distribution=old.distribution)
+        if self._trajectory is not None:
+            self._trajectory.header.check_manifest(manifest(writer), "the trajectory being written")
+        if self.step_count:
+            writer.take_over_(old)
+        self._writer = writer
+        self._estimator = Estimator(self.model, view, paired=self._paired)
+        groups.fill_(self.param_groups, view.layout, numbers)
+        self._publish()
+
+    def _branches(self) -> list[Branch]:
+        seeds = [noise.direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions)]
+        return [(seed, scale) for seed in seeds for scale in (self.eps, -self.eps)]
 
     def _open(self, path: str | os.PathLike[str], progress: Progress | None) -> Trajectory:
         """Start a log, or take up the one that is there."""
-        header = describe(self._writer, self.num_directions, len(self.param_groups), self.seed, self.eps)
+        header = describe(self.model, self._writer, self.num_directions, len(self.param_groups), self.seed, self.eps)
         exists = collectives.max_integer(int(collectives.rank() == 0 and os.path.exists(path)))
         if not exists:
             return Trajectory.create(path, header) if collectives.rank() == 0 else Trajectory(header, [])
         trajectory = load_trajectory(path)
         trajectory.header.check_same(header, str(path))
-        if trajectory.header.seed != self.seed:
-            self.seed = trajectory.header.seed  # a run goes on with the seed it began with
         apply_all_(self._writer, trajectory, len(trajectory), progress)
         self.step_count = len(trajectory)
         self.last_record = trajectory.records[-1] if trajectory.records else None
@@ -221,8 +333,3 @@ class MeZO(torch.optim.Optimizer):
 def _check_positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}: expected a finite number above 0")
-
-
-def _digest(record: StepRecord | None) -> int:
-    """16 bits of a record, so that its square is exact in the float64 all-reduce."""
-    return zlib.crc32(repr(record).encode()) & 0xFFFF

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from mezo_scale import collectives, noise
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import Shard, discover
-from mezo_scale.sharding.fingerprint import local_hash
+from mezo_scale.sharding.fingerprint import frozen_hash, local_hash
 from mezo_scale.trajectory import Header, Trajectory
 
 Progress = Callable[[int, int], None]
@@ -50,7 +51,7 @@ def replay(
     groups = {name: group for name, _, _, group, _ in header.manifest}
     writer = Writer(layout, groups, rounding=header.rounding, distribution=header.distribution)
     header.check_same(
-        describe(writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory"
+        describe(model, writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory"
     )
     if until is not None and not 0 <= until <= len(trajectory):
         raise TrajectoryError(
@@ -82,23 +83,29 @@ def apply_all_(writer: Writer, trajectory: Trajectory, until: int, progress: Pro
     return until
 
 
-def describe(writer: Writer, num_directions: int, num_groups: int, seed: int, eps: float) -> Header:
+def describe(model: nn.Module, writer: Writer, num_directions: int, num_groups: int, seed: int, eps: float) -> Header:
     """The header of a trajectory that starts from the weights as they are now. All ranks must call it."""
-    shards = writer.layout.shards
-    (total,) = collectives.sum_integers([local_hash(shards)])
+    frozen, complete = frozen_hash(model)
+    total, rest, gaps = collectives.sum_integers([local_hash(writer.layout.shards), frozen, int(not complete)])
     return Header(
         noise_version=noise.VERSION,
         fingerprint=f"{total % 2**64:016x}",
-        manifest=[_entry(shard, writer.groups.get(shard.name, 0)) for shard in shards],
+        manifest=manifest(writer),
         num_directions=num_directions,
         num_groups=num_groups,
         distribution=writer.distribution,
         rounding=writer.rounding,
         seed=seed,
         eps=eps,
+        frozen=None if gaps else f"{rest % 2**64:016x}",
     )
 
 
-def _entry(shard: Shard, group: int) -> list[object]:
+def manifest(writer: Writer) -> list[list[Any]]:
+    """Per trainable parameter [name, shape, dtype, parameter group, decayed]."""
+    return [_entry(shard, writer.groups.get(shard.name, 0)) for shard in writer.layout.shards]
+
+
+def _entry(shard: Shard, group: int) -> list[Any]:
     dtype = str(shard.local.dtype).removeprefix("torch.")
     return [shard.name, list(shard.shape), dtype, group, shard.decayed]

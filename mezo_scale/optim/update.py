@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from mezo_scale import noise
+from mezo_scale.errors import ShardingError
 from mezo_scale.sharding import Layout, Shard
+from mezo_scale.sharding.state import as_state, copy_, fits
 from mezo_scale.trajectory import StepRecord
 
 
@@ -21,6 +24,10 @@ class Writer:
         rounding: "nearest"; "stochastic" (16-bit shards only); or "master": a float32 master for bfloat16 shards, at 16
             bits more per element (float32 shards are their own master).
         distribution: "normal" or "rademacher".
+
+    Attributes:
+        state: per bfloat16 parameter under "master", the low halves of this rank's elements, int16: what a checkpoint
+            must hold besides the weights.
     """
 
     def __init__(
@@ -44,13 +51,59 @@ class Writer:
         self.groups = groups if groups is not None else {}
         self.rounding = rounding
         self.distribution = distribution
-        self.remainders = {
-            shard.name: torch.zeros(
-                shard.local.shape, dtype=torch.int16, device="cpu" if shard.paged else shard.local.device
-            )
-            for shard in layout.shards
-            if rounding == "master" and shard.local.dtype == torch.bfloat16
-        }
+        self.remainders: dict[str, Tensor] = {}
+        self.state: dict[nn.Parameter, Tensor] = {}
+        if rounding == "master":
+            self._add_remainders()
+
+    def _add_remainders(self) -> None:
+        """The low halves of the masters, zero: per shard a piece of what is kept for its parameter."""
+        halves: dict[nn.Parameter, list[Shard]] = {}
+        for shard in self.layout.shards:
+            if shard.local.dtype == torch.bfloat16:
+                halves.setdefault(self.layout.parameters[shard.name], []).append(shard)
+        for param, shards in halves.items():
+            sizes = [shard.local.numel() for shard in shards]
+            device = "cpu" if shards[0].paged else shards[0].local.device
+            stored = torch.zeros(sum(sizes), dtype=torch.int16, device=device)
+            self.state[param] = as_state(param, stored)
+            self.remainders.update(zip((shard.name for shard in shards), stored.split(sizes), strict=True))
+
+    def take_over_(self, other: Writer) -> None:
+        """Go on with the masters of a writer of the same model, looked at earlier.
+
+        Raises:
+            ShardingError: the model is stored in another way since, so that they no longer belong to these shards.
+        """
+        before = {shard.name: shard for shard in other.layout.shards}
+        for shard in self.layout.shards:
+            if shard.name not in other.remainders:
+                continue
+            if not _same_storage(shard, before[shard.name]):
+                raise ShardingError(
+                    f"{shard.name} was sharded or cast anew after steps with rounding 'master', whose low bits "
+                    "belong to the old shards: wrap and cast the model first, then make the optimizer"
+                )
+            self.remainders[shard.name].copy_(other.remainders[shard.name])
+
+    def check_state(self, state: dict[nn.Parameter, Tensor]) -> None:
+        """Whether saved low bits, by parameter, are all there and fit. Raises ValueError."""
+        for name, param in self.layout.parameters.items():
+            if param in self.state and param not in state:
+                raise ValueError(
+                    f"the state holds no remainder of {name}, without which rounding 'master' would go on from other "
+                    "weights: give a state that was saved with rounding 'master'"
+                )
+            if param in self.state and not fits(state[param], self.state[param]):
+                raise ValueError(
+                    f"the state's remainder of {name} is {_describe(state[param])}, expected "
+                    f"{_describe(self.state[param])}: load it into a model that is sharded as the saved one"
+                )
+
+    def load_state_(self, state: dict[nn.Parameter, Tensor]) -> None:
+        """Put saved low bits, checked before, in place."""
+        for param, value in self.state.items():
+            copy_(value, state[param])
 
     def apply_(self, records: Sequence[StepRecord]) -> None:
         """Write the records' steps, one after the other, in one sweep over the shards; then stale copies are dropped.
@@ -81,3 +134,12 @@ class Writer:
                 else "nearest",
                 distribution=self.distribution,
             )
+
+
+def _same_storage(one: Shard, other: Shard) -> bool:
+    same = (one.shape, one.local.dtype, one.local.numel()) == (other.shape, other.local.dtype, other.local.numel())
+    return same and np.array_equal(one.runs, other.runs)
+
+
+def _describe(value: Tensor) -> str:
+    return f"{type(value).__name__} {value.dtype}{list(value.shape)}"

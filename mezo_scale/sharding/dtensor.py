@@ -44,6 +44,18 @@ def local(param: DTensor) -> tuple[torch.Tensor, Runs, int]:
     return stored.view(-1), runs, _replica(mesh, coordinate, param.placements)
 
 
+def like(param: DTensor, stored: torch.Tensor) -> DTensor:
+    """A rank's elements, 1-D and of any dtype, as a DTensor that is placed as ``param`` is."""
+    return DTensor.from_local(
+        stored.view(param._local_tensor.shape),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
 def runs_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any) -> Runs:
     """The runs that the rank at ``coordinate`` of a mesh of that shape stores. Pure integer arithmetic."""
     indices: list[Indices] = [np.arange(size, dtype=np.int64) for size in shape]

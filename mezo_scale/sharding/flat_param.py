@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard
 
@@ -19,6 +20,7 @@ class FlatSlice(NamedTuple):
     """One original parameter inside an FSDP1 unit's flat parameter."""
 
     places: list[tuple[nn.Module, str]]  # the owner first, then the modules that share the weight
+    param: nn.Parameter  # as the model lists it: the original one, or the flat one that holds many
     shape: tuple[int, ...]
     trainable: bool
     local: torch.Tensor
@@ -31,16 +33,33 @@ def owns(param: torch.Tensor) -> bool:
     return isinstance(param, FlatParameter)
 
 
+def is_elsewhere(param: torch.Tensor) -> bool:
+    """Whether an original parameter is a view into some unit's flat one; an outer unit's, if none in sight lists it."""
+    return _is_fsdp_flattened(param)
+
+
+def units(model: nn.Module) -> list[FullyShardedDataParallel]:
+    """The FSDP1 units of the model that have parameters."""
+    return [unit for unit in model.modules() if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None]
+
+
 def slices(model: nn.Module) -> Iterator[FlatSlice]:
     """Every original parameter that an FSDP1 unit of the model has flattened."""
-    for unit in model.modules():
-        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
-            yield from _slices_of(unit, unit._handle)
+    for unit in units(model):
+        yield from _slices_of(unit, unit._handle)
+
+
+def held(unit: Any) -> tuple[nn.Parameter, torch.Tensor, tuple[bool, ...]]:
+    """A unit's flat parameter, what is stored of it here, and which of the original ones are trainable."""
+    flat = unit._handle.flat_param
+    originals = flat._params if flat._params is not None else [flat]
+    stored = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
+    return flat, stored, tuple(bool(param.requires_grad) for param in originals)
 
 
 def _slices_of(unit: FullyShardedDataParallel, handle: Any) -> Iterator[FlatSlice]:
-    flat = handle.flat_param
-    stored = flat._local_shard if hasattr(flat, "_local_shard") else flat.data
+    flat: Any
+    flat, stored, _ = held(unit)
     replica = _replica(unit, handle)
     originals = flat._params if flat._params is not None else [flat] * len(flat._param_infos)
     for info, shape, part, original in zip(
@@ -56,7 +75,7 @@ def _slices_of(unit: FullyShardedDataParallel, handle: Any) -> Iterator[FlatSlic
             local, runs = stored.detach()[start : start + length], run(0, part.intra_param_start_idx, length)
         else:
             local, runs = stored.detach()[:0], run(0, 0, 0)
-        yield FlatSlice(places, tuple(shape), bool(original.requires_grad), local, runs, replica)
+        yield FlatSlice(places, original, tuple(shape), bool(original.requires_grad), local, runs, replica)
 
 
 def _replica(unit: FullyShardedDataParallel, handle: Any) -> int:
@@ -72,9 +91,9 @@ def prepare(model: nn.Module) -> None:
 
 def refresh(model: nn.Module) -> None:
     """Drop gathered weights: FSDP1's root keeps its own after a forward that no backward follows."""
-    for unit in model.modules():
-        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None and unit._is_root is not None:
-            handle = unit._handle
+    for unit in units(model):
+        if unit._is_root is not None:
+            handle: Any = unit._handle
             # The root's goes back to its shard without freeing what it gathered, and would use that again.
             if handle.uses_sharded_strategy and not handle.needs_unshard():
                 _reshard(unit, handle, True)

@@ -68,11 +68,22 @@ class Site:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Layout:
-    """A model as the floors above see it: its shards, where they are read, and how to drop stale gathered copies."""
+    """A model as the floors above see it.
+
+    Attributes:
+        shards: what this rank stores, in the model's own order.
+        sites: where it is read.
+        refresh: drops stale gathered copies after a write.
+        parameters: per shard name, the parameter as the model lists it; FSDP1's flat parameter may be that of several.
+        is_current: whether the model still stores and reads these shards: not once it was wrapped, cast, loaded by
+            assignment, frozen or given other modules. Puts what a forward has gathered back if it must look closer.
+    """
 
     shards: list[Shard]
     sites: list[Site]
     refresh: Callable[[], None]
+    parameters: dict[str, nn.Parameter]
+    is_current: Callable[[], bool]
 
 
 def run(local_offset: int, global_start: int, length: int) -> Runs:

@@ -32,6 +32,8 @@ _SKIPPED = 1
 def pack_header(header: Header) -> bytes:
     """The file's beginning."""
     fields = {name: getattr(header, name) for name in header.__slots__}
+    if header.frozen is None:
+        del fields["frozen"]  # as before there was such a field: a file's header is packed again to find its length
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     return _PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text
 

@@ -55,7 +55,9 @@ class Header:
         manifest: per trainable parameter [name, shape, dtype, parameter group, decayed].
         num_directions, num_groups: the record's size follows from them.
         distribution, rounding: how z is drawn and how updates are stored.
-        seed, eps: the run's; for the record, a replay needs neither.
+        seed, eps: the run's; a replay needs neither, going on needs both.
+        frozen: fingerprint of the weights and saved buffers that are not tuned. None if they were not all in memory,
+            and in trajectories from before it was written: then they are not compared.
     """
 
     noise_version: int
@@ -67,6 +69,7 @@ class Header:
     rounding: str
     seed: int
     eps: float
+    frozen: str | None = None
 
     def check_same(self, other: Header, where: str) -> None:
         """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
@@ -75,19 +78,28 @@ class Header:
                 f"{where} was made with noise version {self.noise_version}, this is version {other.noise_version}: "
                 "use the mezo-scale release that wrote it"
             )
-        if self.manifest != other.manifest:
-            raise TrajectoryError(f"{where} belongs to another model: {_difference(self.manifest, other.manifest)}")
+        self.check_manifest(other.manifest, where)
         if self.fingerprint != other.fingerprint:
             raise TrajectoryError(
                 f"{where} starts from other weights (fingerprint {self.fingerprint}, these have {other.fingerprint}): "
                 "give the base model it was trained from, loaded in the same dtype"
             )
-        for name in ("num_directions", "num_groups", "distribution", "rounding"):
+        if None not in (self.frozen, other.frozen) and self.frozen != other.frozen:
+            raise TrajectoryError(
+                f"{where} was made on other frozen weights (fingerprint {self.frozen}, these have {other.frozen}): "
+                "give the base model that it was trained on, loaded in the same dtype"
+            )
+        for name in ("num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise TrajectoryError(
                     f"{where} was written with {name} = {mine}, this run has {theirs}: set it to {mine}"
                 )
+
+    def check_manifest(self, manifest: list[list[Any]], where: str) -> None:
+        """Raise a TrajectoryError that names the first parameter in which a model's manifest differs."""
+        if self.manifest != manifest:
+            raise TrajectoryError(f"{where} belongs to another model: {_difference(self.manifest, manifest)}")
 
 
 def _difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str:
