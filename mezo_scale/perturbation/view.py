@@ -65,7 +65,7 @@ class View:
         self._pairing = pairing.Pairing(self._parents)
         self._runner = Runner(self.weights, self._pairing)
         self.gathers = _gathers(model)
-        self._in_instances = any(site.attr not in site.module._parameters for site in self.layout.sites)
+        self._in_instances = _has_fsdp1(model)
         self._learning = False
         self._settled = False  # whether an evaluation has shown who reads what
         self._bypassed: set[Site] = set()
@@ -322,8 +322,14 @@ class View:
 
 def _gathers(model: nn.Module) -> bool:
     """Whether a forward pass of the model gathers parameters from other ranks."""
-    fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    return fsdp1 or any(isinstance(param, DTensor) or hasattr(param, "ds_id") for param in model.parameters())
+    return _has_fsdp1(model) or any(
+        isinstance(param, DTensor) or hasattr(param, "ds_id") for param in model.parameters()
+    )
+
+
+def _has_fsdp1(model: nn.Module) -> bool:
+    """Whether gathered parameters are ordinary attributes of their modules, as FSDP1 keeps them."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def _memory_of(tensor: Tensor) -> int | None:
