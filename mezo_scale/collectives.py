@@ -7,6 +7,7 @@ Everything goes over the default process group: the data-parallel ranks hold dif
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,12 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def sum_scalars(values: Sequence[float]) -> list[float]:
-    """The sum over ranks of each value, in float64: one all-reduce."""
-    return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM).tolist()
+def sum_scalars(values: Sequence[float], *, timeout_s: float | None = None) -> list[float]:
+    """The sum over ranks of each value, in float64: one all-reduce.
+
+    `timeout_s`: how long to wait for the others; None: as long as the process group does. Then torch raises.
+    """
+    return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM, timeout_s).tolist()
 
 
 def sum_integers(values: Sequence[int]) -> list[int]:
@@ -72,9 +76,20 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+def leave() -> None:
+    """Leave the process group for good: ranks that wait for this one get an error instead of a timeout."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, timeout_s: float | None = None) -> torch.Tensor:
     if not is_distributed():
         return values
     values = values.to(_device())
-    dist.all_reduce(values, op=op)
+    if timeout_s is None:
+        dist.all_reduce(values, op=op)
+    else:
+        work = dist.all_reduce(values, op=op, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=timeout_s))
     return values.cpu()

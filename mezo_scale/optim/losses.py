@@ -7,7 +7,8 @@ once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
 from mezo_scale.optim.batch import Batch, repeat, rows, take
+from mezo_scale.optim.company import Company
 from mezo_scale.perturbation import Branch, PairingError, View
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -41,6 +43,7 @@ class Estimator:
         self.model = model
         self.view = view
         self.paired = paired  # None until the start-up check has decided
+        self.company = Company(model, view)
 
     def of_batch(self, batch: Batch, objective: Objective, branches: Sequence[Branch], micro_batch: int | None) -> Sums:
         """Losses of a batch: ``objective`` sees its rows once per branch, in pieces of ``micro_batch`` rows per
@@ -66,6 +69,12 @@ class Estimator:
             sums.append(float(losses.sum()))
             count = float(losses.numel())
         return Sums(sums, count)
+
+    def keep_company(self, branches: Sequence[Branch]) -> None:
+        """After a failure of this rank alone: gather with the others until they have their losses."""
+        while self.view.gathers and self.company.left():
+            with self.company.counted(), self.view.branches(branches if self.paired else branches[:1]):
+                self.company.call()
 
     def _pieces(self, batch: Batch, total: int, micro_batch: int | None) -> list[tuple[Batch, float]]:
         """(rows, weight) of each forward. Ranks with fewer rows repeat one at weight 0: all must gather equally
@@ -137,6 +146,19 @@ class Estimator:
             f"is gathered once per branch: {reason}",
             stacklevel=2,
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside: dropout would make the two signs differ by chance."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _in_words(error: Exception) -> str:

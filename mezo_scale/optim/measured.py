@@ -1,18 +1,23 @@
-"""From losses to the record of a step: summed over ranks, and the slopes between each direction's two branches."""
+"""From losses to the record of a step: summed over ranks, and the slopes between each direction's two branches.
+
+All of it takes one all-reduce, which carries besides the losses what ranks have to know of each other: whether their
+last records agree, whether any of them has read a parameter for the first time, and whether any of them has failed.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mezo_scale import collectives
-from mezo_scale.errors import RankError
+from mezo_scale.errors import RankError, ViewError
 from mezo_scale.optim.losses import Sums
+from mezo_scale.optim.reads import Reads
 from mezo_scale.perturbation import Branch
 from mezo_scale.trajectory import StepRecord
 
@@ -29,14 +34,34 @@ class Measured:
         sums = [one + other for one, other in zip(self.sums.sums, more.sums, strict=True)]
         return Measured(self.branches, Sums(sums, self.sums.count + more.count))
 
-    def record(self, step: int, groups: Iterable[dict[str, Any]], last: StepRecord | None) -> StepRecord:
-        """The step's record, the same on all ranks. Every rank must call it: the step's one all-reduce.
+    def record(
+        self,
+        step: int,
+        groups: Iterable[dict[str, Any]],
+        last: StepRecord | None,
+        reads: Reads,
+        read: Collection[str],
+    ) -> StepRecord:
+        """The step's record, the same on all ranks. Every rank must call it, or `fail`.
+
+        Args:
+            last: the record before; the ranks compare it.
+            reads: what the ranks know to be read; `read` of this rank is added.
 
         Raises:
-            RankError: a rank's ``last`` record is another one; it is named.
+            RankError: a rank's ``last`` record is another one, or a rank has failed; it is named.
+            ViewError: no rank has read any of the parameters.
         """
         seeds, eps = tuple(seed for seed, _ in self.branches[::2]), self.branches[0][1]
-        losses = self._mean_losses(step, last)
+        sums, news = _exchange(step, last, [*self.sums.sums, self.sums.count], reads.news(read))
+        if news:
+            reads.agree(read)
+        if len(reads.unread) == len(reads.names):
+            raise ViewError(
+                "the losses were computed without reading any of the model's trainable parameters: evaluate the model "
+                "that the optimizer was made with"
+            )
+        losses = [value / sums[-1] for value in sums[:-1]]
         grads = tuple((plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True))
         loss = sum(losses) / len(losses)
         finite = all(math.isfinite(value) for value in (loss, *grads))
@@ -45,15 +70,47 @@ class Measured:
             lr = float(group["lr"])
             alphas += [float(np.float32(-lr * grad / len(grads))) if finite else 0.0 for grad in grads]
             decays.append(float(np.float32(1.0 - lr * group["weight_decay"])) if finite else 1.0)
-        return StepRecord(step, seeds, grads, tuple(alphas), tuple(decays), loss)
+        return StepRecord(step, seeds, grads, tuple(alphas), tuple(decays), loss, reads.unread)
 
-    def _mean_losses(self, step: int, last: StepRecord | None) -> list[float]:
-        """Mean loss per branch over all ranks' rows."""
-        digest = _digest(last)
-        *total, count, digests, squares = collectives.sum_scalars([*self.sums.sums, self.sums.count, digest, digest**2])
-        if squares * collectives.world_size() != digests**2:  # equality in Cauchy-Schwarz: all digests are the same
-            _name_odd_ranks(digest, step - 1)
-        return [value / count for value in total]
+
+def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float | None) -> None:
+    """Tell the other ranks that this one has no losses for the step: they raise a `RankError` instead of waiting.
+
+    Where they are in the middle of gathering weights with this rank, they can't be told: then it leaves the process
+    group after `patience_s`, which ends their wait with an error.
+    """
+    if not collectives.is_distributed():
+        return
+    try:
+        _exchange(step, last, [0.0] * (branches + 1), 0, failed=True, patience_s=patience_s)
+    except RankError:
+        return
+    except Exception:  # torch's own, of many kinds: the others did not come
+        collectives.leave()
+
+
+def _exchange(
+    step: int,
+    last: StepRecord | None,
+    sums: list[float],
+    news: int,
+    *,
+    failed: bool = False,
+    patience_s: float | None = None,
+) -> tuple[list[float], bool]:
+    """The sums over all ranks, and whether any rank has news. Raises RankError as `Measured.record` does."""
+    digest = _digest(last)
+    mine = [*sums, digest, digest**2, float(news), float(failed)]
+    *totals, digests, squares, newer, failures = collectives.sum_scalars(mine, timeout_s=patience_s)
+    if failures:
+        ranks = [rank for rank, other in enumerate(collectives.gather_integers(int(failed))) if other]
+        raise RankError(
+            f"rank {', '.join(map(str, ranks))} failed while it evaluated step {step}, and says why itself: the step "
+            "was taken on no rank"
+        )
+    if squares * collectives.world_size() != digests**2:  # equality in Cauchy-Schwarz: all digests are the same
+        _name_odd_ranks(digest, step - 1)
+    return totals, newer > 0
 
 
 def _name_odd_ranks(digest: int, step: int) -> None:

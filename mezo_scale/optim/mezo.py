@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,15 +16,20 @@ from mezo_scale import collectives, noise
 from mezo_scale.errors import MezoError, ModelError, ShardingError
 from mezo_scale.optim import groups
 from mezo_scale.optim.batch import Batch
-from mezo_scale.optim.losses import Estimator, Objective
-from mezo_scale.optim.measured import Measured
+from mezo_scale.optim.losses import Estimator, Objective, evaluating
+from mezo_scale.optim.measured import Measured, fail
+from mezo_scale.optim.reads import Reads
 from mezo_scale.optim.replay import Progress, apply_all_, describe, manifest
 from mezo_scale.optim.replay import load as load_trajectory
+from mezo_scale.optim.saved import check_positive, check_saved
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import Branch, View
 from mezo_scale.sharding import discover
 from mezo_scale.sharding.discovery import check_not_hidden
 from mezo_scale.trajectory import StepRecord, Trajectory
+
+PATIENCE_S = 30.0
+"""How long a rank that failed waits for the others, who may be waiting for its part of the weights."""
 
 
 class MeZO(torch.optim.Optimizer):
@@ -72,8 +78,8 @@ class MeZO(torch.optim.Optimizer):
         paired: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
-        _check_positive("lr", lr)
-        _check_positive("eps", eps)
+        check_positive("lr", lr)
+        check_positive("eps", eps)
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
             raise ValueError(f"weight_decay is {weight_decay}: expected a finite number, 0 or above")
         if num_directions < 1:
@@ -96,7 +102,10 @@ class MeZO(torch.optim.Optimizer):
             groups.check_owned(group["params"], view.layout)
         numbers = groups.numbers(self.param_groups, view.layout, {})
         self._writer = Writer(view.layout, numbers, rounding=rounding, distribution=distribution)
+        self._reads = Reads([shard.name for shard in view.layout.shards])
         self._trajectory = None if trajectory is None else self._open(trajectory, progress)
+        if self.last_record is not None:
+            self._reads.take_up(self.last_record.unread)
         self._publish()
 
     @property
@@ -131,10 +140,7 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError("step and measure take either a closure, or both batch and objective")
         self._follow()
         branches = self._branches() if self._measured is None else self._measured.branches
-        training = [module for module in self.model.modules() if module.training]
-        for module in training:
-            module.training = False  # dropout would make the two signs differ by chance
-        try:
+        with self._estimator.company.counted(), evaluating(self.model):
             if closure is not None:
                 with torch.no_grad():
                     sums = self._estimator.of_closure(closure, branches)
@@ -142,9 +148,6 @@ class MeZO(torch.optim.Optimizer):
                 assert batch is not None
                 assert objective is not None
                 sums = self._estimator.of_batch(batch, objective, branches, micro_batch)
-        finally:
-            for module in training:
-                module.training = True
         self._measured = Measured(branches, sums) if self._measured is None else self._measured + sums
         return sum(sums.sums) / (len(branches) * sums.count)
 
@@ -174,6 +177,10 @@ class MeZO(torch.optim.Optimizer):
         - The record is on disk before a weight changes; a process killed in between resumes with that step applied
           once.
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
+        - An exception on one rank is raised there; the others raise a `RankError` that names it, and the step is taken
+          on none. One in the middle of a sharded model's forward can't be told to those who wait for this rank's part
+          of a weight: it leaves the process group after half a minute, and they wait for the group's timeout, or until
+          this process ends.
         - A rank that dies leaves the others waiting in the next collective until the process group's timeout.
         - A model that was wrapped, cast, loaded by assignment or (un)frozen since the last step is looked at again.
           Under a trajectory its tuned weights must keep names, shapes, dtypes and groups, else a TrajectoryError says
@@ -184,7 +191,7 @@ class MeZO(torch.optim.Optimizer):
           between: to accumulate, call `measure` on the optimizer itself.
         """
         if closure is not None or batch is not None or objective is not None:
-            self.measure(closure, batch=batch, objective=objective, micro_batch=micro_batch)
+            self._measure_or_tell(closure, batch, objective, micro_batch)
         if self._measured is None:
             if any(float(group["lr"]) for group in self.param_groups):  # torch.distributed.checkpoint sets them to 0
                 warnings.warn(
@@ -194,7 +201,10 @@ class MeZO(torch.optim.Optimizer):
         measured, self._measured = self._measured, None
         if not self._writer.layout.is_current():
             raise ModelError("the model was wrapped, cast or loaded between measuring and writing: measure again")
-        record = measured.record(self.step_count, self.param_groups, self.last_record)
+        read = self._estimator.view.read
+        record = measured.record(self.step_count, self.param_groups, self.last_record, self._reads, read)
+        self._reads.say()
+        self._estimator.company.finish()
         if self._trajectory is not None:
             self._trajectory.append(record)
         self._writer.apply_([record])
@@ -242,7 +252,7 @@ class MeZO(torch.optim.Optimizer):
         self._follow()
         saved_groups = state_dict["param_groups"]
         found = state_dict.get("mezo", saved_groups[0].get("mezo") if saved_groups else None) or {}
-        self._check_run_state(found)
+        check_saved(found, self._run_state(), log_is_open=self._trajectory is not None)
         names = groups.members(saved_groups)
         mine = dict(zip(names, groups.members(self.param_groups), strict=False))  # torch refuses another number
         remainders = {
@@ -255,6 +265,7 @@ class MeZO(torch.optim.Optimizer):
         self._writer.load_state_(remainders)
         self.step_count, self.seed, self.eps = int(found["step_count"]), int(found["seed"]), float(found["eps"])
         self._measured = None
+        self._reads.take_up(found["unread"])
         self._publish()
 
     def _run_state(self) -> dict[str, Any]:
@@ -265,6 +276,7 @@ class MeZO(torch.optim.Optimizer):
             "num_directions": self.num_directions,
             "distribution": self._writer.distribution,
             "rounding": self._writer.rounding,
+            "unread": list(self._reads.unread),
         }
 
     def _publish(self) -> None:
@@ -276,20 +288,6 @@ class MeZO(torch.optim.Optimizer):
         if self._writer.state:
             for param in groups.members(self.param_groups):
                 self.state[param] = {"remainder": self._writer.state[param]} if param in self._writer.state else {}
-
-    def _check_run_state(self, found: dict[str, Any]) -> None:
-        """Raise ValueError if a saved run can't be this one's."""
-        mine = self._run_state()
-        if found.keys() != mine.keys():
-            raise ValueError("the state was not saved by MeZO.state_dict() of this release: give one that was")
-        fixed = ["num_directions", "distribution", "rounding"]
-        if self._trajectory is not None:
-            fixed += ["step_count", "seed", "eps"]  # the open trajectory's
-        for name in fixed:
-            if found[name] != mine[name]:
-                raise ValueError(
-                    f"the state was saved with {name} = {found[name]}, this run has {mine[name]}: make the two agree"
-                )
 
     def _follow(self) -> None:
         """Look at the model again if it is no longer the one that was looked at. Raises before anything changes."""
@@ -309,8 +307,28 @@ class MeZO(torch.optim.Optimizer):
             writer.take_over_(old)
         self._writer = writer
         self._estimator = Estimator(self.model, view, paired=self._paired)
+        self._reads.names = [shard.name for shard in view.layout.shards]
         groups.fill_(self.param_groups, view.layout, numbers)
         self._publish()
+
+    def _measure_or_tell(
+        self,
+        closure: Callable[[], Any] | None,
+        batch: Batch | None,
+        objective: Objective | None,
+        micro_batch: int | None,
+    ) -> None:
+        """`measure`; if it fails here, the other ranks are told before the error is raised."""
+        try:
+            self.measure(closure, batch=batch, objective=objective, micro_batch=micro_batch)
+        except Exception:
+            self._measured = None
+            patience_s = PATIENCE_S if self._estimator.view.gathers else None
+            with suppress(Exception):  # it is the first error that counts
+                self._estimator.keep_company(self._branches())
+            self._estimator.company.finish()
+            fail(self.step_count, self.last_record, 2 * self.num_directions, patience_s=patience_s)
+            raise
 
     def _branches(self) -> list[Branch]:
         seeds = [noise.direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions)]
@@ -328,8 +346,3 @@ class MeZO(torch.optim.Optimizer):
         self.step_count = len(trajectory)
         self.last_record = trajectory.records[-1] if trajectory.records else None
         return Trajectory.open(path, append=True) if collectives.rank() == 0 else trajectory
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value}: expected a finite number above 0")

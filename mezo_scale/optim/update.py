@@ -108,13 +108,16 @@ class Writer:
     def apply_(self, records: Sequence[StepRecord]) -> None:
         """Write the records' steps, one after the other, in one sweep over the shards; then stale copies are dropped.
 
-        Skipped steps write nothing. n records in one call give the bits of n calls.
+        Skipped steps write nothing, and no step writes a parameter that it leaves unread. n records in one call give
+        the bits of n calls.
         """
         records = [record for record in records if not record.skipped]
         if not records:
             return
-        for shard in self.layout.shards:
-            self._write_(shard, records)
+        for number, shard in enumerate(self.layout.shards):
+            written = [record for record in records if not record.unread or number not in record.unread]
+            if written:
+                self._write_(shard, written)
         self.layout.refresh()
 
     def _write_(self, shard: Shard, records: Sequence[StepRecord]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.trajectory import codec
@@ -17,25 +19,30 @@ class Trajectory:
 
     - ``create`` refuses to overwrite a file. ``open`` reads one; with ``append=True`` it also drops a torn end.
     - ``append`` returns after the record is on disk (flush and fsync): what was returned is never lost.
-    - A failed append (disk full) raises and leaves the file as it was before.
+    - A failed append (disk full) raises and leaves the file as it was before; it is the last that this process tries.
     """
 
-    def __init__(self, header: Header, records: list[StepRecord], file: Any = None) -> None:
+    def __init__(self, header: Header, records: list[StepRecord], file: io.FileIO | None = None) -> None:
         self.header = header
         self.records = records
         self._file = file
+        self._failed = ""
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: Header) -> Trajectory:
         """A new file with no records."""
         try:
-            file = open(path, "xb")  # noqa: SIM115 - kept open for the run
+            file = io.FileIO(path, "x")
         except FileExistsError:
             raise TrajectoryError(f"{path} exists already: continue it, or choose another folder") from None
         except OSError as error:
             raise TrajectoryError(f"{path} can't be created: {error.strerror}") from None
-        file.write(codec.pack_header(header))
-        _sync(file)
+        try:
+            _write(file, codec.pack_header(header))
+        except OSError as error:
+            file.close()
+            os.unlink(path)  # half a header would keep the run from starting again
+            raise TrajectoryError(f"{path} can't be written: {error.strerror}") from None
         return cls(header, [], file)
 
     @classmethod
@@ -45,30 +52,43 @@ class Trajectory:
             data = Path(path).read_bytes()
         except OSError as error:
             raise TrajectoryError(f"{path} can't be read: {error.strerror}") from None
-        trajectory = cls.parse(data, str(path))
+        trajectory, whole = cls._parse(data, str(path))
         if append:
-            file = open(path, "r+b")  # noqa: SIM115 - kept open for the run
-            file.truncate(len(data) - trajectory._torn(data))
-            file.seek(0, os.SEEK_END)
-            trajectory._file = file
+            try:
+                trajectory._file = io.FileIO(path, "r+")
+                trajectory._file.truncate(whole)
+                trajectory._file.seek(whole)
+            except OSError as error:
+                raise TrajectoryError(f"{path} can't be continued: {error.strerror}") from None
         return trajectory
 
     @classmethod
     def parse(cls, data: bytes, where: str = "the trajectory") -> Trajectory:
         """Header and records from a file's bytes; an incomplete last record is left out."""
+        return cls._parse(data, where)[0]
+
+    @classmethod
+    def _parse(cls, data: bytes, where: str) -> tuple[Trajectory, int]:
+        """And how many bytes hold whole steps."""
         header, start = codec.unpack_header(data, where)
         size = codec.record_size(header)
-        body = data[start:]
-        records = []
-        for number in range(len(body) // size):
-            record = codec.unpack(header, body[number * size : (number + 1) * size])
-            last = (number + 1) * size > len(body) - size
-            if record is None and last:
+        records: list[StepRecord] = []
+        pieces: list[codec.Bits] = []
+        unread: tuple[int, ...] | None = ()
+        whole = start
+        for at in range(start, len(data) - size + 1, size):
+            entry = codec.unpack(header, data[at : at + size])
+            if entry is None and at + 2 * size > len(data):
                 break  # torn: space was reserved, the bytes did not arrive
-            if record is None or record.step != number:
-                raise TrajectoryError(f"{where} is damaged at record {number}: restore the file from a copy")
-            records.append(record)
-        return cls(header, records)
+            if isinstance(entry, codec.Bits) and (entry.step, entry.number) == (len(records), len(pieces)):
+                pieces.append(entry)
+                unread = codec.unread_of(header, pieces)
+            elif isinstance(entry, StepRecord) and entry.step == len(records) and unread is not None:
+                records.append(replace(entry, unread=unread))
+                pieces, whole = [], at + size
+            else:
+                raise TrajectoryError(f"{where} is damaged at record {len(records)}: restore the file from a copy")
+        return cls(header, records), whole
 
     def append(self, record: StepRecord) -> None:
         """Add a step; on disk when this returns."""
@@ -76,17 +96,23 @@ class Trajectory:
             raise TrajectoryError(
                 f"step {record.step} can't follow {len(self.records)} records: steps are counted from 0"
             )
+        if self._failed:
+            raise TrajectoryError(self._failed)
         if self._file is not None:
+            before = self.records[-1].unread if self.records else ()
+            news = codec.pack_unread(self.header, record) if record.unread != before else b""
             start = self._file.tell()
             try:
-                self._file.write(codec.pack(self.header, record))
-                _sync(self._file)
+                _write(self._file, news + codec.pack(self.header, record))
             except OSError as error:
-                self._file.seek(start)
-                self._file.truncate(start)
-                raise TrajectoryError(
-                    f"the trajectory can't be written: {error.strerror}; nothing was applied"
-                ) from None
+                self._failed = (
+                    f"the trajectory can't be written: {error.strerror}; nothing was applied. Make room, and start the "
+                    "run again: it goes on from its last step"
+                )
+                with suppress(OSError):
+                    self._file.truncate(start)
+                self.close()
+                raise TrajectoryError(self._failed) from None
         self.records.append(record)
 
     def close(self) -> None:
@@ -95,17 +121,21 @@ class Trajectory:
             self._file.close()
             self._file = None
 
+    def __enter__(self) -> Trajectory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def __len__(self) -> int:
         return len(self.records)
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.records)
 
-    def _torn(self, data: bytes) -> int:
-        whole = len(codec.pack_header(self.header)) + len(self.records) * codec.record_size(self.header)
-        return len(data) - whole
 
-
-def _sync(file: Any) -> None:
-    file.flush()
+def _write(file: io.FileIO, data: bytes) -> None:
+    """All of the data, on disk. Unbuffered: what could not be written is not written later, in front of something."""
+    while data:
+        data = data[file.write(data) :]
     os.fsync(file.fileno())

@@ -20,6 +20,7 @@ class StepRecord:
         alphas: the float32 multipliers of z, direction by direction; with several parameter groups group by group.
         decays: the float32 multiplier of the weights, one per parameter group.
         loss: mean over all branches.
+        unread: positions in the manifest of parameters that nothing had read so far: neither perturbed nor updated.
     """
 
     step: int
@@ -28,6 +29,7 @@ class StepRecord:
     alphas: tuple[float, ...]
     decays: tuple[float, ...]
     loss: float
+    unread: tuple[int, ...] = ()
 
     @property
     def decay(self) -> float:

@@ -1,6 +1,10 @@
 """The trajectory's file: what was appended comes back, a torn end is dropped, damage is named."""
 
+import itertools
 import pathlib
+import resource
+import signal
+from dataclasses import replace
 
 import pytest
 
@@ -96,22 +100,78 @@ def test_steps_follow_each_other(tmp_path: pathlib.Path) -> None:
         trajectory.append(record(1))
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_is_the_last(tmp_path: pathlib.Path) -> None:
     trajectory = Trajectory.create(tmp_path / "t", header())
     trajectory.append(record(0))
     before = (tmp_path / "t").read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(TrajectoryError, match="No space left"):
-        trajectory.append(record(1))
-    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # half of a record fits, as on a disk that fills up
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        with pytest.raises(TrajectoryError, match="can't be written: File too large"):
+            trajectory.append(record(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / "t").read_bytes() == before
-    assert len(trajectory) == 1
-    trajectory.append(record(1))
+    with pytest.raises(TrajectoryError, match="can't be written"):  # there is room again, but what was said stands
+        trajectory.append(record(1))
+    assert (tmp_path / "t").read_bytes() == before
+    again = Trajectory.open(tmp_path / "t", append=True)
+    again.append(record(1))
     assert len(Trajectory.open(tmp_path / "t")) == 2
+
+
+def test_a_header_that_can_t_be_written_leaves_no_file(tmp_path: pathlib.Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        with pytest.raises(TrajectoryError, match="can't be written"):
+            Trajectory.create(tmp_path / "t", header())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "t").exists()
+
+
+MANY = header(manifest=[[f"{n}.weight", [1], "float32", 0, True] for n in range(700)])
+
+
+def test_which_parameters_are_unread_comes_back_with_each_record(tmp_path: pathlib.Path) -> None:
+    sets = [(0, 3, 699), (0, 3, 699), (699,), (), (), (5,)]
+    records = [replace(record(step), unread=unread) for step, unread in enumerate(sets)]
+    trajectory = Trajectory.create(tmp_path / "t", MANY)
+    sizes = []
+    for one in records:
+        trajectory.append(one)
+        sizes.append((tmp_path / "t").stat().st_size)
+    assert Trajectory.open(tmp_path / "t").records == records
+    grown = [after - before for before, after in itertools.pairwise(sizes)]
+    assert grown[0] == grown[3] == record_size(MANY)  # nothing changed: a record and no more
+    continued = Trajectory.open(tmp_path / "t", append=True)
+    continued.append(replace(record(6), unread=(5,)))
+    continued.append(replace(record(7), unread=()))
+    assert [one.unread for one in Trajectory.open(tmp_path / "t")] == [*sets, (5,), ()]
+
+
+def test_a_file_cut_at_any_byte_of_such_an_entry_loses_that_step_alone(tmp_path: pathlib.Path) -> None:
+    trajectory = Trajectory.create(tmp_path / "t", MANY)
+    trajectory.append(record(0))
+    whole = (tmp_path / "t").stat().st_size
+    trajectory.append(replace(record(1), unread=(7, 600)))
+    data = (tmp_path / "t").read_bytes()
+    for length in range(whole, len(data)):
+        (tmp_path / "cut").write_bytes(data[:length])
+        with Trajectory.open(tmp_path / "cut", append=True) as cut:
+            assert len(cut) == 1
+            cut.append(replace(record(1), unread=(2,)))
+        assert Trajectory.open(tmp_path / "cut").records[1].unread == (2,)
+    for at in range(whole, len(data) - 2 * record_size(MANY), 7):  # the last records have their own rule
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(TrajectoryError, match="damaged at record 1"):
+            Trajectory.parse(bytes(damaged))
 
 
 @pytest.mark.parametrize(
