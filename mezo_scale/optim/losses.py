@@ -174,6 +174,11 @@ def _widest(view: View) -> torch.dtype:
 
 def _per_row(losses: Tensor, rows: int) -> Tensor:
     if not isinstance(losses, Tensor) or tuple(losses.shape) != (rows,):
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"the objective returned {found}: expected one loss per row, a tensor of shape ({rows},)")
+        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        scalar = isinstance(losses, Tensor) and losses.numel() == 1
+        hint = "; for a Hugging Face batch with labels, whose .loss is a mean, use mezo_scale.objectives.labels"
+        raise ValueError(
+            f"the objective returned {found}: expected one loss per row, a tensor of shape ({rows},)"
+            + (hint if scalar else "")
+        )
     return losses.detach().double()

@@ -49,7 +49,7 @@ def discover(model: nn.Module) -> Layout:
             continue
         if place.identity not in found:
             shard = found[place.identity] = shard_of(place)
-            _check_storage(shard.name, shard.local, shard.paged is not None)
+            _check_storage(place.module, shard)
             parameters[shard.name] = place.param
         shard = found[place.identity]
         sites.append(Site(place.module, place.attr, shard.name, shard.param_id))
@@ -155,8 +155,15 @@ def _stored(name: str, param: nn.Parameter) -> tuple[tuple[int, ...], tuple[torc
     )
 
 
-def _check_storage(name: str, local: torch.Tensor, paged: bool) -> None:
-    if local.is_meta and not paged:
+def _check_storage(module: nn.Module, shard: Shard) -> None:
+    name, local = shard.name, shard.local
+    if local.is_meta and shard.paged is None:
+        if hasattr(module, "_hf_hook"):
+            raise ModelError(
+                f"{name} is offloaded by accelerate (device_map or cpu_offload), which copies it in for each forward "
+                "and drops what is written to it: load the model without a device_map and shard it with FSDP2 or "
+                "ZeRO-3 (both offload), or freeze it"
+            )
         raise ModelError(f"{name} is on the meta device and has no values: load or initialise the model first")
     if local.dtype not in DTYPES:
         raise ModelError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 import mezo_scale as ms
@@ -313,3 +314,10 @@ def test_a_thousand_steps_take_no_more_memory_than_twenty() -> None:
     after = steps(1000)
     assert after[0] == tensors
     assert after[1] - held < 2**23  # the heap may still settle; 8 KiB kept in each step would be seen
+
+
+def test_a_model_that_accelerate_offloads_is_refused_with_the_way_out() -> None:
+    model = models.build("llama")
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ModelError, match="is offloaded by accelerate .* without a device_map"):
+        ms.MeZO(model)
