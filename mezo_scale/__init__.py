@@ -4,14 +4,20 @@ opt = mezo_scale.MeZO(model, lr=1e-6, trajectory="run.mezo")    # model: yours, 
 loss = opt.step(batch=batch, objective=per_row_losses)
 """
 
-from mezo_scale import noise
-from mezo_scale.errors import MezoError
-from mezo_scale.optim import objectives
-from mezo_scale.optim.mezo import MeZO
-from mezo_scale.optim.replay import replay
-from mezo_scale.perturbation import View, perturbed
-from mezo_scale.sharding import Shard, shards
-from mezo_scale.trajectory import StepRecord, Trajectory
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mezo_scale import noise
+    from mezo_scale.errors import MezoError
+    from mezo_scale.optim import objectives
+    from mezo_scale.optim.mezo import MeZO
+    from mezo_scale.optim.replay import replay
+    from mezo_scale.perturbation import View, perturbed
+    from mezo_scale.sharding import Shard, shards
+    from mezo_scale.trajectory import StepRecord, Trajectory
+
+__version__ = "0.2.0"
 
 __all__ = [
     "MeZO",
@@ -26,3 +32,34 @@ __all__ = [
     "replay",
     "shards",
 ]
+
+_ROOMS = {
+    "MeZO": "mezo_scale.optim.mezo",
+    "MezoError": "mezo_scale.errors",
+    "Shard": "mezo_scale.sharding",
+    "StepRecord": "mezo_scale.trajectory",
+    "Trajectory": "mezo_scale.trajectory",
+    "View": "mezo_scale.perturbation",
+    "perturbed": "mezo_scale.perturbation",
+    "replay": "mezo_scale.optim.replay",
+    "shards": "mezo_scale.sharding",
+}
+
+_MODULES = {
+    "errors": "mezo_scale.errors",
+    "noise": "mezo_scale.noise",
+    "objectives": "mezo_scale.optim.objectives",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names come when they are first asked for: torch takes seconds to import, and `--help` needs none of it."""
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,9 +1,11 @@
 """The shape of the code: which way imports point, and what no module may do."""
 
 import ast
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -70,7 +72,36 @@ def test_no_module_has_a_name_that_says_nothing(word: str) -> None:
     assert [path.name for path in SOURCES if word in path.stem.split("_")] == []
 
 
-def test_the_public_surface_is_a_list() -> None:
+def test_the_public_surface_is_this_list() -> None:
+    promised = "MeZO MezoError Shard StepRecord Trajectory View noise objectives perturbed replay shards"
+    assert sorted(mezo_scale.__all__) == sorted(promised.split())
     assert all(hasattr(mezo_scale, name) for name in mezo_scale.__all__)
-    promised = {"MeZO", "StepRecord", "noise", "perturbed", "replay", "shards"}
-    assert promised <= set(mezo_scale.__all__)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules that a program has imported."""
+    program = f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_package_pulls_neither_hugging_face_nor_deepspeed() -> None:
+    loaded = loaded_after("import mezo_scale\nfor name in mezo_scale.__all__: getattr(mezo_scale, name)")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "deepspeed", "accelerate", "datasets", "peft", "pydantic", "typer", "yaml"}
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    assert not loaded_after("import mezo_scale.cli") & {"torch", "transformers", "numpy", "numba"}
+
+
+def test_importing_the_models_silences_nobody() -> None:
+    code = "from transformers import logging\nbefore = logging.get_verbosity()\nimport mezo_scale.models\n"
+    assert loaded_after(code + "assert logging.get_verbosity() == before")
+
+
+def test_the_version_is_said_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dynamic"] == ["version"]
+    assert importlib.metadata.version("mezo-scale").split(".")[0].isdecimal()
+    assert mezo_scale.__version__.count(".") == 2

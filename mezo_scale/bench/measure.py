@@ -30,6 +30,7 @@ from mezo_scale.bench.memory import PeakMemory, keep_freed_memory
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import MezoError, RecipeError
+from mezo_scale.models.checkpoints import silence_transformers
 from mezo_scale.models.shapes import config_of
 from mezo_scale.models.units import units
 from mezo_scale.optim.mezo import MeZO
@@ -243,6 +244,7 @@ def _reason(error: BaseException) -> str:
 
 def main(request: Path, outcome: Path) -> None:
     """Writes {"figures": ...} or {"reason": ...}; a process that is killed writes nothing."""
+    silence_transformers()
     asked = json.loads(request.read_text(encoding="utf-8"))
     cell = Cell(**asked["cell"])
     try:

@@ -29,7 +29,10 @@ def evaluate(
     """Accuracy of a recipe's model, or of a run's after its last step (or --until another)."""
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
+    from mezo_scale.models.checkpoints import silence_transformers
     from mezo_scale.runs.evaluate import evaluate_recipe
+
+    silence_transformers()
 
     found, steps = evaluate_recipe(parsed, split.value, until)
     if is_first_rank():

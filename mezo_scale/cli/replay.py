@@ -17,7 +17,10 @@ def replay(
     until: Until = None,
 ) -> None:
     """Rebuild the weights of a run, bit for bit, from its base model and its trajectory."""
+    from mezo_scale.models.checkpoints import silence_transformers
     from mezo_scale.runs.publish import rebuild
+
+    silence_transformers()
 
     steps = rebuild(base, trajectory, out, until)
     typer.echo(f"{out}: {base} after {steps} steps")

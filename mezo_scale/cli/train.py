@@ -31,6 +31,9 @@ def train(recipe: Source, overrides: Overrides = None, processes: Processes = No
     """
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
+    from mezo_scale.models.checkpoints import silence_transformers
     from mezo_scale.runs.session import train as run  # seconds to import
+
+    silence_transformers()
 
     run(parsed)

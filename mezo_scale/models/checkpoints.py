@@ -21,12 +21,14 @@ from mezo_scale.models.shapes import config_of
 from mezo_scale.recipe import means_disk
 from mezo_scale.sharding import discover
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-
 RANDOM = "random:"
 _SEED = 2**64 - 1  # of random weights; the steps' seeds are hashes
+
+
+def silence_transformers() -> None:
+    """Keep transformers' notices and progress bars out of a command's lines; a library leaves them as they are."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def find(name: str) -> Any:
