@@ -44,7 +44,9 @@ def traffic(config: PretrainedConfig, strategy: Strategy, workload: Workload, gp
     if strategy.offload is not None:
         stored = sum(shard_numel(unit.shapes, strategy) for unit in arch.units)
         host = stored * BYTES[workload.stored(strategy)]
-    scalars = _FLOAT64 * (workload.branches + 3) if strategy.world_size > 1 else 0
+    # A loss per branch, the rows, two digests of the last record, news of reads, failures; and before a forward that
+    # gathers, whether any rank has to learn a new kind of call.
+    scalars = _FLOAT64 * (workload.branches + 5 + int(strategy.is_sharded)) if strategy.world_size > 1 else 0
     return Traffic(gathered, received - between, between, host, scalars)
 
 

@@ -58,4 +58,4 @@ def test_a_step_moves_the_bytes_of_the_plan(ranks: Ranks, strategy: Strategy, dt
     config = models.build(name).config
     expected = traffic(config, strategy, Workload(2, models.LENGTH, branches=4, dtype=dtype))
     results = ranks(strategy.world_size, counted, strategy=strategy, dtype=dtype, name=name, directions=2)
-    assert results == [(expected.gathered, expected.scalars, 1)] * strategy.world_size
+    assert results == [(expected.gathered, expected.scalars, 2)] * strategy.world_size
