@@ -15,9 +15,9 @@ import torch
 from mezo_scale.bench import processes, report, sweep
 from mezo_scale.bench.cell import Cell, Grid, quick
 from mezo_scale.bench.figures import efficiency, figures, planned, series
-from mezo_scale.bench.memory import PeakMemory
 from mezo_scale.bench.projection import measured_rates, project
 from mezo_scale.distributed.launcher import Launcher
+from mezo_scale.distributed.memory import PeakMemory
 from mezo_scale.errors import RecipeError
 from mezo_scale.planner import Rates, Workload
 
