@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezo_scale import collectives, models
+from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.world import joined
 from mezo_scale.errors import NotFiniteError
 from mezo_scale.models import Loaded
@@ -116,6 +117,7 @@ def _finite(scores: Tensor, examples: Sequence[Encoded]) -> Tensor:
 def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Evaluation, int]:
     """The accuracy of a recipe's model; of a run's, after the steps in its directory. Returns it and those steps."""
     run = RunDirectory(Path(recipe.output.dir))
+    keep_memory_steady()
     with joined(always_group=recipe.sharding.strategy != "single") as world:
         with world.together():
             models.check(recipe, world)

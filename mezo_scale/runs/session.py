@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mezo_scale import models
 from mezo_scale.collectives import broadcast_bytes, max_integer
 from mezo_scale.distributed import preflight
+from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import RecipeError
@@ -46,6 +47,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         MezoError: for whatever the user can mend.
     """
+    keep_memory_steady()
     with joined(always_group=recipe.sharding.strategy != "single") as world:
         run = RunDirectory(Path(recipe.output.dir))
         with world.together():
