@@ -21,6 +21,7 @@ from mezo_scale.optim.replay import replay
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.padding import check_padding
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks.encoding import Encoded, collate
 from mezo_scale.tasks.objectives import candidate_scores
@@ -124,6 +125,7 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Eval
             splits = EncodedSplits.read(recipe)
         splits.check_same(world)
         loaded = models.load(recipe, world)
+        check_padding(loaded, splits.test, recipe)
         screen = Screen(world)
         steps = replay_if_begun(loaded.model, run.trajectory, until, screen)
         with screen.counting(f"evaluating ({split})") as progress:

@@ -27,6 +27,7 @@ from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import Evaluation, evaluate, majority
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.padding import check_padding
 from mezo_scale.runs.report import as_table, result_rows, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits
@@ -75,6 +76,7 @@ class Trainer:
         if world.present:
             self.screen.show(preflight.table(world.present))
         self.loaded = models.load(recipe, world)
+        check_padding(self.loaded, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
