@@ -4,8 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 STAMP  := $(VENV)/.installed
-# glibc: keep freed memory. Mapping it anew for every activation costs a tenth of a step or more on virtual machines.
-KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-launch check format bench bench-kernels clean
@@ -31,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install  ## fine-tune a real model on real data with two ranks, and see what it gained
 	$(BIN)/python tools/prepare_demo.py
-	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(BIN)/torchrun --nproc-per-node 2 -m mezo_scale.cli train launch/demo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m mezo_scale.cli train launch/demo.yaml
 
 test: install  ## run every test
 	$(BIN)/python -m pytest

@@ -9,6 +9,7 @@ MezoError
 ├── LaunchError        the processes of a run can't be started, or don't find each other
 ├── RankError          the ranks of one run disagree
 └── SharedError        any of these, raised by every rank with the same text: one of them prints it
+    └── NotFiniteError scores or losses that are not finite: nothing can be graded or learned from them
 
 The command line prints a MezoError as one line and exits with 2; anything else is a bug and keeps its traceback.
 Wrong arguments to a function are ValueErrors that name the argument, as everywhere in Python.
@@ -49,3 +50,7 @@ class RankError(MezoError):
 
 class SharedError(MezoError):
     """A MezoError that every rank raises with the same text: it is enough that one of them prints it."""
+
+
+class NotFiniteError(SharedError):
+    """Scores or losses that are not finite: nothing can be graded or learned from them. All ranks sum them up alike."""

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from mezo_scale import models, noise, recipe
 from mezo_scale.bench.cell import Cell
 from mezo_scale.bench.counting import Traffic, summed
-from mezo_scale.bench.memory import PeakMemory, keep_freed_memory
 from mezo_scale.distributed.layout import Strategy
+from mezo_scale.distributed.memory import PeakMemory, keep_freed_memory
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.models.checkpoints import silence_transformers

@@ -38,6 +38,6 @@ def evaluate(
     if is_first_rank():
         low, high = found.interval
         typer.echo(
-            f"{parsed.model.name} after {steps} steps: accuracy on {split.value} {found.accuracy:.1%} "
-            f"(95% interval {low:.1%} to {high:.1%}), loss {found.loss:.4f}, {found.count} examples"
+            f"{parsed.model.name} after {steps} steps: accuracy on {split.value} {found}, "
+            f"95% interval {low:.1%} to {high:.1%}"
         )

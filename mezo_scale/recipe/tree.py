@@ -115,6 +115,11 @@ class TrainSection(Section):
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")
     log_every: int = Field(10, ge=1, description="Steps between lines of progress where there is no terminal.")
+    max_skipped: int = Field(
+        10,
+        ge=1,
+        description="Steps in a row that may be skipped because a loss is not finite; after that many the run stops.",
+    )
 
 
 class ShardingSection(Section):
@@ -178,10 +183,11 @@ def dump(recipe: Recipe) -> str:
 def differences(recorded: Recipe, asked: Recipe) -> list[str]:
     """What keeps `asked` from continuing a run of `recorded`: "key: recorded, now asked", empty if nothing does.
 
-    Free are where the weights lie, what is written, how often is reported, how the batch is cut up, and how many steps
-    there are (a linear schedule then goes on along the line of the new length).
+    Free are where the weights lie, what is written, how often is reported, when the run gives up, how the batch is cut
+    up, and how many steps there are (a linear schedule then goes on along the line of the new length).
     """
-    free = {"train.steps", "train.micro_batch", "train.eval_every", "train.eval_batch", "train.log_every"}
+    names = ("steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped")
+    free = {f"train.{name}" for name in names}
     before, after = recorded.model_dump(), asked.model_dump()
     return [
         f"{option.key}: {before[section][name]!r}, now {after[section][name]!r}"

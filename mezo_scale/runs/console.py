@@ -61,13 +61,13 @@ class StepProgress:
         self._last = time.perf_counter()
         self._first = True
 
-    def advance(self, done: int, loss: float) -> None:
-        """After a step: `done` steps are, the last one's mean loss was `loss`."""
+    def advance(self, done: int, loss: float, skipped: int) -> None:
+        """After a step: `done` steps are, `skipped` of them wrote nothing, the last one's mean loss was `loss`."""
         now = time.perf_counter()
         if not self._first:  # that one compiles and checks
             self._recent.append(now - self._last)
         self._first, self._last = False, now
-        state = f"loss {loss:.4f}"
+        state = f"loss {loss:.4f}" + (f"  {skipped} skipped" if skipped else "")
         if self._recent:
             rate = sum(self._recent) / len(self._recent)
             state += f"  {rate:.2f} s/step  {timedelta(seconds=round(rate * (self._total - done)))} left"

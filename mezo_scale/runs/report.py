@@ -7,6 +7,7 @@ from rich.table import Table
 
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.memory import MEANING
 
 RESULT_COLUMNS = ("test split", "accuracy", "95% interval", "examples")
 
@@ -19,8 +20,9 @@ def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         if found is None:
             continue
         low, high = found["interval_95"]
-        name = f"{title}, {found['step']} steps" if key == "tuned" else title
-        rows.append((name, f"{found['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", f"{found['count']:,}"))
+        name = f"{title}, {_steps(found)}" if key == "tuned" else title
+        count = f"{found['count']:,}" + (f", {found['not_finite']:,} not finite" if found.get("not_finite") else "")
+        rows.append((name, f"{found['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", count))
     return rows
 
 
@@ -35,9 +37,19 @@ def as_table(rows: Sequence[Sequence[str]], title: str) -> Table:
 
 
 def write_report(
-    run: RunDirectory, recipe: Recipe, layout: str, results: Mapping[str, Any], commands: Mapping[str, str]
+    run: RunDirectory,
+    recipe: Recipe,
+    layout: str,
+    results: Mapping[str, Any],
+    memory_gib: Mapping[str, float],
+    commands: Mapping[str, str],
 ) -> None:
-    """report.md and the plot it shows. `layout`: `Strategy.layout`."""
+    """report.md and the plot it shows.
+
+    Args:
+        layout: `Strategy.layout`.
+        memory_gib: by phase, of the session that ends with this report.
+    """
     _plot(run, results)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)
@@ -45,7 +57,7 @@ def write_report(
     lines = [
         f"# {recipe.task.name} with {recipe.model.name}",
         "",
-        f"MeZO, {results['tuned']['step']} steps of {recipe.train.batch_size} examples, lr {recipe.optimizer.lr:g}, "
+        f"MeZO, {_steps(results['tuned'])} of {recipe.train.batch_size} examples, lr {recipe.optimizer.lr:g}, "
         f"eps {recipe.optimizer.eps:g}, {recipe.optimizer.num_directions} direction(s), seed {recipe.optimizer.seed}; "
         f"{median}{layout}.",
         "",
@@ -53,12 +65,34 @@ def write_report(
         "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in result_rows(results)),
         "",
+        *_explanations(results),
         f"![loss and accuracy]({run.plot.name})",
+        "",
+        "Peak memory of the rank that took most, in this session. On CUDA it is what torch's allocator held, on a CPU "
+        "the resident memory of the process, with the interpreter and the libraries in it.",
+        "",
+        "| phase | GiB | |",
+        "|---|---|---|",
+        *(f"| {phase} | {gib:.2f} | {MEANING[phase]} |" for phase, gib in memory_gib.items()),
         "",
         "Settings: `recipe.yaml`. Where it ran: `environment.json`. Every step: `trajectory.mezo`, `metrics.jsonl`.",
         *(line for what, command in commands.items() for line in ("", f"{what}:", "", f"    {command}")),
     ]
     replace_file(run.report, "\n".join(lines) + "\n")
+
+
+def _steps(tuned: Mapping[str, Any]) -> str:
+    skipped = tuned.get("skipped", 0)
+    return f"{tuned['step']} steps" + (f" ({skipped} skipped)" if skipped else "")
+
+
+def _explanations(results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if any(found.get("not_finite") for found in results.values()):
+        lines += ["Examples whose scores are not finite count as wrong, and there is no mean loss over them.", ""]
+    if results["tuned"].get("skipped"):
+        lines += ["A step is skipped when a loss is not finite: it is counted, and writes no weight.", ""]
+    return lines
 
 
 def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:

@@ -9,12 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from mezo_scale import models
 from mezo_scale.collectives import broadcast_bytes, max_integer
 from mezo_scale.distributed import preflight
 from mezo_scale.distributed.layout import Strategy
+from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import RecipeError
@@ -24,8 +26,11 @@ from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import Evaluation, evaluate, majority
+from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.padding import check_padding
 from mezo_scale.runs.report import as_table, result_rows, write_report
+from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.sharding import shards
 from mezo_scale.tasks.encoding import Batch, Encoded, collate
@@ -44,6 +49,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         MezoError: for whatever the user can mend.
     """
+    keep_memory_steady()
     with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
         run = RunDirectory(Path(recipe.output.dir))
         with world.together():
@@ -67,9 +73,11 @@ class Trainer:
     def __init__(self, recipe: Recipe, world: World, run: RunDirectory, splits: EncodedSplits) -> None:
         self.recipe, self.world, self.run, self.splits = recipe, world, run, splits
         self.screen = Screen(world)
+        self.memory = PhaseMemory(world.device)
         if world.present:
             self.screen.show(preflight.table(world.present))
         self.loaded = models.load(recipe, world)
+        check_padding(self.loaded, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
@@ -81,9 +89,10 @@ class Trainer:
         # What rank 0 finds decides: the others may not see its directory.
         results = json.loads(broadcast_bytes(json.dumps(self.run.read_evaluation()).encode()))
         if "zero_shot" not in results:
-            results["zero_shot"] = self._evaluate(self.splits.test, "zero-shot").as_dict()
+            zero_shot = self._evaluate(self.splits.test, "zero-shot")
+            results["zero_shot"] = zero_shot.as_dict()
             results["majority"] = majority(self.splits.train, self.splits.test).as_dict()
-            self.screen.say(f"zero-shot accuracy on test: {results['zero_shot']['accuracy']:.1%}")
+            self.screen.say(f"zero-shot accuracy on test: {zero_shot}")
         if done:
             left = self.recipe.train.steps - done
             self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
@@ -93,17 +102,26 @@ class Trainer:
             self.run.add_evaluation(**results)
         steps = self.recipe.train.steps
         if results.get("tuned", {}).get("step") != steps:
-            self._train(optimizer)
+            skipped = self._train(optimizer)
             tuned = self._evaluate(self.splits.test, "tuned")
-            results["tuned"] = {**tuned.as_dict(), "step": steps}
+            results["tuned"] = {**tuned.as_dict(), "step": steps, "skipped": skipped}
         if self.recipe.output.checkpoint:
-            checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
-        commands = self._commands()
+            with self.memory.phase(CHECKPOINT):
+                checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
+        commands, memory = self._commands(), self.memory.all_gib()
         if self.world.rank == 0:
             write_report(
-                self.run, self.recipe, self.loaded.strategy.layout, self.run.add_evaluation(**results), commands
+                self.run,
+                self.recipe,
+                self.loaded.strategy.layout,
+                self.run.add_evaluation(**results),
+                memory,
+                commands,
             )
         self.screen.show(as_table(result_rows(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
+        if STEPS in memory:
+            peak, alone = memory[STEPS], memory[INFERENCE]
+            self.screen.say(f"peak memory per rank {peak:.2f} GiB; inference alone {alone:.2f} GiB (same batch)")
         self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
         for what, command in commands.items():
             self.screen.say(f"{what}: {command}")
@@ -125,20 +143,25 @@ class Trainer:
                 progress=progress,
             )
 
-    def _train(self, optimizer: MeZO) -> None:
+    def _train(self, optimizer: MeZO) -> int:
+        """The steps that are left. Returns how many of the run's steps were skipped (on rank 0)."""
         recipe, total = self.recipe, self.recipe.train.steps
+        skips = Skips(recipe.train.max_skipped, count_skipped(self.run.trajectory) if self.world.rank == 0 else 0)
         metrics = Metrics(self.run, self.world, optimizer.step_count)
         try:
             with (
                 self.screen.steps(optimizer.step_count, total, recipe.train.log_every) as progress,
                 watch(self.world.store) as interruption,
+                self.memory.phase(STEPS),
             ):
+                self._infer(optimizer.step_count)
                 while optimizer.step_count < total:
-                    self._step(optimizer, metrics, progress)
+                    self._step(optimizer, metrics, progress, skips)
                     if number := interruption.after(optimizer.step_count):
                         self._stop(optimizer.step_count, number)
         finally:
             metrics.close()
+        return skips.total
 
     def _stop(self, step: int, number: int) -> None:
         """Ends the session after a signal; the file in the run directory says that it is not over."""
@@ -148,7 +171,14 @@ class Trainer:
         self.screen.say(f"stopped by {interrupted.signal} after step {step}; started again, the run goes on from there")
         raise interrupted
 
-    def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress) -> None:
+    def _infer(self, step: int) -> None:
+        """One forward pass with the weights as they are, on a step's rows: what its memory is compared with."""
+        rows = self.recipe.train.micro_batch
+        batch = {name: tensor[:rows] for name, tensor in self._batch(step).items()}
+        with self.memory.phase(INFERENCE), torch.no_grad():
+            self._losses(self.loaded.model, batch)
+
+    def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress, skips: Skips) -> None:
         recipe, step = self.recipe, optimizer.step_count
         lr = recipe.optimizer.lr * (1 - step / recipe.train.steps if recipe.optimizer.schedule == "linear" else 1)
         for group in optimizer.param_groups:
@@ -156,13 +186,23 @@ class Trainer:
         start = time.perf_counter()
         loss = optimizer.step(batch=self._batch(step), objective=self._losses, micro_batch=recipe.train.micro_batch)
         seconds = time.perf_counter() - start
-        grads = list(optimizer.last_record.projected_grads)
-        metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds)
-        progress.advance(step + 1, loss)
+        record = optimizer.last_record
+        grads = list(record.projected_grads)
+        metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds, skipped=record.skipped)
+        skips.count(record)
+        progress.advance(step + 1, loss, skips.total)
         if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
-            dev = evaluate(self.loaded, self.splits.dev, recipe.train.eval_batch)
-            metrics.log(step + 1, dev_accuracy=dev.accuracy, dev_loss=dev.loss)
-            progress.note(f"step {step + 1}: accuracy on dev {dev.accuracy:.1%}, loss {dev.loss:.4f}")
+            memory_gib = self.memory.most_gib(STEPS)
+            with self.memory.phase(EVALUATION):
+                dev = evaluate(self.loaded, self.splits.dev, recipe.train.eval_batch, max_length=recipe.task.max_length)
+            metrics.log(
+                step + 1,
+                dev_accuracy=dev.accuracy,
+                dev_loss=dev.loss,
+                dev_not_finite=dev.not_finite,
+                memory_gib=memory_gib,
+            )
+            progress.note(f"step {step + 1}: accuracy on dev {dev}")
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
@@ -172,7 +212,7 @@ class Trainer:
         chosen = [examples[row] for row in share(rows, axes.rows_rank(self.world.rank), axes.rows_size)]
         if recipe.train.objective == "language_modeling":
             chosen = [example.gold for example in chosen]
-        batch = collate(chosen, self.loaded.tokenizer.pad_token_id)
+        batch = collate(chosen, self.loaded.tokenizer.pad_token_id, recipe.task.max_length)
         return {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -180,8 +220,8 @@ class Trainer:
             return OBJECTIVES[self.recipe.train.objective](model, batch)
 
     def _evaluate(self, examples: Sequence[Encoded], what: str) -> Evaluation:
-        with self.screen.counting(f"evaluating ({what})") as progress:
-            return evaluate(self.loaded, examples, self.recipe.train.eval_batch, progress)
+        with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
+            return evaluate(self.loaded, examples, self.recipe.train.eval_batch, progress, self.recipe.task.max_length)
 
     def _commands(self) -> dict[str, str]:
         programs = Path(sys.executable).parent

@@ -11,6 +11,8 @@ from mezo_scale.tasks.example import Example
 
 Batch = dict[str, torch.Tensor]
 
+_WIDTH = 16  # tokens. Where every batch has a width of its own, what one frees fits no other, and memory creeps
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -70,8 +72,8 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label)
 
 
-def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
-    """One row per example, padded on the left.
+def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> Batch:
+    """One row per example, padded on the left to a multiple of 16 tokens, or to max_length if that comes first.
 
     Where every candidate is one token, the prompt alone is run and the next token scores them all:
         input_ids, attention_mask: int64 [rows, tokens]; candidate_ids: int64 [rows, candidates], -1 where none is.
@@ -83,7 +85,7 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
     label = torch.tensor([example.label for example in examples])
     width = max(len(example.candidates) for example in examples)
     if all(len(candidate) == 1 for example in examples for candidate in example.candidates):
-        input_ids, attention_mask = _pad_left([example.prompt for example in examples], pad_id)
+        input_ids, attention_mask = _pad_left([example.prompt for example in examples], pad_id, max_length)
         candidate_ids = torch.full((len(examples), width), -1)
         for row, example in enumerate(examples):
             candidate_ids[row, : len(example.candidates)] = torch.tensor(example.candidates).squeeze(1)
@@ -99,7 +101,7 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
         missing = width - len(example.candidates)
         answers += [*example.candidates, *[()] * missing]
         sequences += [example.prompt + answer for answer in (*example.candidates, *example.candidates[:1] * missing)]
-    input_ids, attention_mask = _pad_left(sequences, pad_id)
+    input_ids, attention_mask = _pad_left(sequences, pad_id, max_length)
     candidate_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, answer in enumerate(answers):
         candidate_mask[row, input_ids.shape[1] - len(answer) :] = True
@@ -128,8 +130,13 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return next((n for n, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
 
 
-def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(map(len, sequences))
+def _pad_left(
+    sequences: Sequence[Sequence[int]], pad_id: int, max_length: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, sequences))
+    length = -(-longest // _WIDTH) * _WIDTH
+    if max_length is not None:  # a table of positions may end there
+        length = max(longest, min(length, max_length))
     input_ids = torch.full((len(sequences), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, sequence in enumerate(sequences):

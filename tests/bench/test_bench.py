@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import MambaConfig
 
 from mezo_scale.bench import processes, report, sweep
 from mezo_scale.bench.cell import Cell, Grid, quick
 from mezo_scale.bench.figures import efficiency, figures, planned, series
-from mezo_scale.bench.memory import PeakMemory
 from mezo_scale.bench.projection import measured_rates, project
 from mezo_scale.distributed.launcher import Launcher
 from mezo_scale.errors import RecipeError
@@ -232,16 +230,6 @@ def test_the_projection_keeps_weights_off_the_network_under_hsdp_alone() -> None
 
 
 # -- ranks that really measure -------------------------------------------------------------------------------------
-
-
-def test_a_peak_is_that_of_the_stretch_since_the_reset() -> None:
-    memory = PeakMemory(torch.device("cpu"))
-    block = torch.ones(1 << 26)  # 256 MiB
-    assert memory.peak() >= memory.now() - (1 << 20) >= block.nbytes
-    before = memory.now()
-    del block
-    memory.reset()
-    assert memory.peak() < before - (200 << 20)
 
 
 def test_a_sweep_of_a_tiny_model_on_two_ranks_ends_in_a_report(run: Run, model_folder: Path, tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
 """Evaluations: what is counted, and how sure one can be of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from mezo_scale import collectives
 from mezo_scale.distributed.layout import Strategy
+from mezo_scale.distributed.world import World
 from mezo_scale.models import Loaded
-from mezo_scale.runs.evaluate import evaluate, majority, wilson
+from mezo_scale.optim.mezo import MeZO
+from mezo_scale.runs.console import Screen
+from mezo_scale.runs.evaluate import evaluate, majority, replay_if_begun, wilson
 from mezo_scale.tasks.encoding import Encoded
 from tests.support import material
+from tests.support.pool import Ranks
 from tests.tasks.test_objectives import by_hand
 
 
@@ -29,6 +35,21 @@ def test_every_example_counts_once_whatever_the_batch_size() -> None:
         found = evaluate(loaded, examples, batch_size)
         assert (found.count, found.correct) == (11, right)
         assert found.loss == pytest.approx(evaluate(loaded, examples, 11).loss, rel=1e-5)
+
+
+def steps_replayed(runs: list[str], until: int | None) -> int:
+    """As on nodes that do not share a disk: each rank looks in a folder of its own."""
+    screen = Screen(World.from_environment())
+    return replay_if_begun(material.build("llama"), Path(runs[collectives.rank()]), until, screen)
+
+
+def test_rank_0_decides_for_all_whether_there_is_a_run_to_replay(ranks: Ranks, tmp_path: Path) -> None:
+    there, nowhere = tmp_path / "trajectory.mezo", tmp_path / "nowhere"
+    optimizer = MeZO(material.build("llama"), trajectory=there)
+    for _ in range(2):
+        optimizer.step(closure=lambda: torch.tensor(1.0))
+    for runs, until, steps in (((there, nowhere), None, 2), ((nowhere, there), None, 0), ((there, nowhere), 0, 0)):
+        assert ranks(2, steps_replayed, runs=list(map(str, runs)), until=until, timeout_s=60) == [steps, steps]
 
 
 def test_the_majority_baseline_answers_with_the_train_splits_label() -> None:

@@ -176,7 +176,7 @@ def test_evaluate_finds_what_the_run_found(make_recipe: MakeRecipe) -> None:
     assert steps == 4
     results = json.loads((Path(recipe.output.dir) / "evaluation.json").read_text())
     assert results["zero_shot"] == zero_shot.as_dict()
-    assert results["tuned"] == {**tuned.as_dict(), "step": 4}
+    assert results["tuned"] == {**tuned.as_dict(), "step": 4, "skipped": 0}
     assert evaluate_recipe(recipe, "test", 0) == (zero_shot, 0)
 
 

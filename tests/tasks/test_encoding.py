@@ -61,16 +61,31 @@ def test_candidates_without_room_or_tokens_of_their_own_are_refused(candidates: 
         encode(Example("abc", candidates, 0), WithEnds(), 8)
 
 
+PADDING = [0] * 13  # of three tokens to sixteen
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(1, 3))
+def test_batches_have_few_widths_and_none_is_wider_than_a_model_has_positions(
+    lengths: list[int], candidate: int
+) -> None:
+    examples = [Encoded((5,) * length, ((7,) * candidate, (8,) * candidate), 0) for length in lengths]
+    longest = max(lengths) + (candidate if candidate > 1 else 0)
+    assert collate(examples, pad_id=0)["input_ids"].shape[-1] == -(-longest // 16) * 16
+    capped = collate(examples, pad_id=0, max_length=73)
+    assert capped["input_ids"].shape[-1] == min(73, -(-longest // 16) * 16)
+    assert capped["attention_mask"].sum(-1).max() == longest
+
+
 def test_candidates_of_one_token_need_only_the_prompt_run() -> None:
     batch = collate([Encoded((5, 6, 7), ((8,), (9,)), 1), Encoded((5,), ((8,),), 0)], pad_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["input_ids"].tolist() == [[*PADDING, 5, 6, 7], [*PADDING, 0, 0, 5]]
+    assert batch["attention_mask"].tolist() == [[*PADDING, 1, 1, 1], [*PADDING, 0, 0, 1]]
     assert batch["candidate_ids"].tolist() == [[8, 9], [8, -1]]
     assert batch["label"].tolist() == [1, 0]
 
 
 def test_longer_candidates_are_written_out_inside_their_row() -> None:
-    batch = collate([Encoded((5, 6), ((8,), (9, 9)), 1), Encoded((5,), ((8,),), 0)], pad_id=0)
+    batch = collate([Encoded((5, 6), ((8,), (9, 9)), 1), Encoded((5,), ((8,),), 0)], pad_id=0, max_length=4)
     assert batch["input_ids"].tolist() == [[[0, 5, 6, 8], [5, 6, 9, 9]], [[0, 0, 5, 8], [0, 0, 5, 8]]]
     assert batch["candidate_mask"].int().tolist() == [[[0, 0, 0, 1], [0, 0, 1, 1]], [[0, 0, 0, 1], [0, 0, 0, 0]]]
     assert {tensor.shape[0] for tensor in batch.values()} == {2}

@@ -2,12 +2,15 @@
 
 import ctypes
 import gc
+import os
 import platform
 import re
 from pathlib import Path
 
 import torch
 
+_LARGE = 4 << 20  # bytes of a block from which on it is mapped by itself
+_TOP = 64 << 20  # free bytes at the heap's end from which on they go back to the system
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,6 +47,21 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
         return _status("VmRSS")
+
+
+def keep_memory_steady() -> None:
+    """Keeps this process from growing step by step (glibc); for before its first tensor.
+
+    glibc before 2.38 can't give the hole that an aligned block leaves to another block of its size, so gathered weights
+    and activations take new memory again and again. Here large blocks are mapped and unmapped one by one instead; in
+    huge pages, for mapping in small ones costs more than computing. An environment that says otherwise is left alone.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first block
+    libc = _glibc()
+    if libc is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    libc.mallopt(-3, _LARGE)  # M_MMAP_THRESHOLD: fixed from here on
+    libc.mallopt(-1, _TOP)  # M_TRIM_THRESHOLD
 
 
 def keep_freed_memory() -> None:

@@ -1,0 +1,50 @@
+"""Memory of a process: peaks between resets, and that it does not grow with every block that is freed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from mezo_scale.distributed.memory import PeakMemory
+
+ROOT = Path(__file__).parents[2]
+# As in a step: large blocks come and go, and small ones that stay are made in between.
+STEPS = """
+import torch
+from mezo_scale.distributed.memory import PeakMemory, keep_memory_steady
+keep_memory_steady()
+memory, kept = PeakMemory(torch.device("cpu")), []
+for step in range(40):
+    for size in (3, 7, 20, 54, 108):
+        block = torch.ones(size << 18)  # MiB
+        kept.append(torch.ones(1000))
+        del block
+    if step == 4:
+        before = memory.now()
+print((memory.now() - before) >> 20, memory.peak() >> 20)
+"""
+
+
+def test_a_peak_is_that_of_the_stretch_since_the_reset() -> None:
+    memory = PeakMemory(torch.device("cpu"))
+    block = torch.ones(1 << 26)  # 256 MiB
+    assert memory.peak() >= memory.now() - (1 << 20) >= block.nbytes
+    before = memory.now()
+    del block
+    memory.reset()
+    assert memory.peak() < before - (200 << 20)
+
+
+def test_a_process_does_not_grow_with_the_blocks_that_it_frees() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    grown_mib, _ = map(int, done.stdout.split())
+    assert grown_mib < 64
