@@ -1,0 +1,176 @@
+"""The perturbed view of one model against copies of it whose weights were moved, on one rank or sharded over several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mezo_scale import noise
+from mezo_scale.errors import MezoError, ViewError
+from mezo_scale.perturbation import Branch, View
+from tools.tiny_models import Batch, Builder, row_losses
+
+Branches = Sequence[Branch]
+BRANCHES = [(11, 1e-2), (11, -1e-2), (5, 3e-2)]
+STRONG = [(11, 0.2), (11, -0.2), (5, 0.3)]
+"""For adapters: few numbers, with little effect each."""
+TOLERANCE = 1e-5
+LEAST_EFFECT = 100 * TOLERANCE
+"""Relative change of a loss: with less, a view that did nothing would pass."""
+LAYOUTS = ("plain", "fsdp2", "zero3")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest relative errors of the view's losses; None where it refused.
+
+    Attributes:
+        one: branch by branch.
+        paired: all branches in one tall batch.
+        why_not: what it said when it refused.
+        unread: trainable parameters that nothing reads.
+    """
+
+    one: float | None
+    paired: float | None = None
+    why_not: str = ""
+    unread: list[str] = field(default_factory=list)
+
+
+class Unusable(Exception):
+    """A model that can't be compared: its losses are not finite, or change from call to call."""
+
+
+def cell(layout: str, build: Builder, branches: Branches = BRANCHES) -> dict[str, Any]:
+    """One row of the table. Raises whatever the model raises that is not under a view."""
+    model, batch = build()
+    right = moved_losses(model, batch, branches)
+    sharded, close = shard(layout, model)
+    try:
+        result = asdict(compare(sharded, batch, branches, right))
+    except Exception:
+        _must_run(layout, build)
+        raise
+    finally:
+        close()
+    if layout == "plain":
+        return result
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, result)
+    return max(everyone, key=lambda other: (other["one"] or 0.0, other["paired"] or 0.0))
+
+
+def _must_run(layout: str, build: Builder) -> None:
+    """Raises Unusable if a model does not even run without a view once it is sharded."""
+    model, batch = build()
+    sharded, close = shard(layout, model)
+    try:
+        with torch.no_grad():
+            row_losses(sharded, batch)
+    except Exception as error:
+        raise Unusable(f"it does not run under {layout}, with or without a view: {in_words(error)}") from error
+    finally:
+        close()
+
+
+def in_words(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def moved_losses(model: nn.Module, batch: Batch, branches: Branches) -> Tensor:
+    """Losses of physically perturbed copies, [branches, rows]; the model itself stays as it is.
+
+    Raises:
+        Unusable: by these losses nothing can be compared.
+    """
+    with torch.no_grad():
+        plain = row_losses(model, batch)
+        if not torch.isfinite(plain).all():
+            raise Unusable("its losses are not finite")
+        if not torch.equal(plain, row_losses(model, batch)):
+            raise Unusable("its losses change from call to call")
+        right = torch.stack([row_losses(_moved(model, seed, scale), batch) for seed, scale in branches])
+    if not torch.isfinite(right).all():
+        raise Unusable("its losses are not finite when perturbed")
+    if (effect := _error(right, plain)) < LEAST_EFFECT:
+        raise Unusable(f"what is trainable changes its losses by {effect:.0e} only")
+    return right
+
+
+def _moved(model: nn.Module, seed: int, scale: float) -> nn.Module:
+    moved = copy.deepcopy(model)
+    for name, parameter in moved.named_parameters():
+        if parameter.requires_grad:
+            z = noise.normal(seed, noise.param_id(name), 0, parameter.numel())
+            parameter.add_(z.view_as(parameter), alpha=scale)
+    return moved
+
+
+def compare(model: nn.Module, batch: Batch, branches: Branches, right: Tensor) -> Comparison:
+    """The view against `right`: a branch at a time and, with a view of its own, all at once."""
+    try:
+        view = View(model)
+        one = torch.cat([_evaluate(view, [branch], model, batch) for branch in branches])
+    except MezoError as error:
+        return Comparison(None, None, str(error))
+    error_one = _error(one, right)
+    try:
+        paired = _evaluate(View(model), branches, model, batch)
+    except Exception as error:  # as MeZO: whatever a tall batch raises is a reason to evaluate one branch at a time
+        words = str(error) if isinstance(error, ViewError) else in_words(error)
+        return Comparison(error_one, None, words, view.never_ran)
+    return Comparison(error_one, _error(paired, right), "", view.never_ran)
+
+
+def _evaluate(view: View, branches: Branches, model: nn.Module, batch: Batch) -> Tensor:
+    tall = {key: torch.cat([value] * len(branches)) for key, value in batch.items()}
+    with view.branches(branches):
+        return row_losses(model, tall).view(len(branches), -1)
+
+
+def _error(losses: Tensor, right: Tensor) -> float:
+    return float(((losses - right).abs() / right.abs().clamp_min(1e-6)).nan_to_num(float("inf")).max())
+
+
+def shard(layout: str, model: nn.Module) -> tuple[nn.Module, Callable[[], object]]:
+    """The model sharded as the package does it, in place, and how to let go of it."""
+    if layout == "fsdp2":
+        _fsdp2(model)
+    elif layout == "zero3":
+        return _zero3(model)
+    return model, lambda: None
+
+
+def _fsdp2(model: nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from mezo_scale.models.fsdp2 import shard_fsdp2
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if not hasattr(model, "peft_config"):
+        return shard_fsdp2(model, mesh)
+    for module in list(model.modules()):
+        if type(module).__name__.endswith("DecoderLayer"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return None
+
+
+def _zero3(model: nn.Module) -> tuple[nn.Module, Callable[[], object]]:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
+    engine.eval()
+    return engine.module, engine.destroy
