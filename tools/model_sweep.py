@@ -170,7 +170,7 @@ def work(layout: str, names: list[str], path: Path, rank: int, store: str) -> No
             branches = view_against_copy.STRONG if name.startswith("adapter/") else view_against_copy.BRANCHES
             try:
                 result = view_against_copy.cell(layout, builders[name], branches)
-            except view_against_copy.Unusable as error:  # on every rank alike
+            except view_against_copy.UnusableError as error:  # on every rank alike
                 result = {"unusable": str(error)}
             except Exception as error:
                 traceback.print_exc(limit=-4)

@@ -101,7 +101,7 @@ def _xlora(model: nn.Module) -> nn.Module:
     """A mixture of two LoRA adapters, which it reads from disk."""
     with tempfile.TemporaryDirectory() as folder:
         config = peft.LoraConfig(r=4, target_modules=PROJECTIONS, task_type=TaskType.CAUSAL_LM)
-        saved = {name: f"{folder}/{name}" for name in ("a", "b")}
+        saved = {name: f"{folder}/{name}" for name in ("0", "1")}
         for path in saved.values():
             _jittered(get_peft_model(_llama(), config)).save_pretrained(path)
         mixture = peft.XLoraConfig(

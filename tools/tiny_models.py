@@ -42,8 +42,8 @@ _NAMES: dict[int, str] = {
     64: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions",
     48: """intermediate_size ffn_dim ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_inner dim_ff
         hidden_dim intermediate_size_mlp dense_intermediate_size feed_forward_size""",
-    32: """hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim d_embed emb_dim lru_width
-        decoder_hidden_size d_latents hidden_size_global ple_embed_dim adapter_in_dim adapter_out_dim adapter_input_size""",
+    32: """hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim d_embed emb_dim lru_width decoder_hidden_size
+        d_latents hidden_size_global ple_embed_dim adapter_in_dim adapter_out_dim adapter_input_size""",
     16: """moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size expert_ffn_hidden_size
         shared_experts_intermediate_size shape_embed_dim pronunciation_embed_dim entity_emb_size
         depthwise_separable_out_channel ext_pw_out_channel nemo_conv_channels""",
@@ -78,6 +78,19 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+_DOTS3 = {
+    f"swa_{name}": size
+    for name, size in {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 16,
+    }.items()
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "causal/blt": {
         "encoder_hash_byte_group_vocab": 64,
@@ -91,8 +104,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         },
     },
+    "causal/dbrx": {"attn_config": None},
     "causal/deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "causal/dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "causal/dots3_note": {"text_config": _DOTS3},
+    "causal/dots3_note_text": _DOTS3,
     "causal/gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "causal/gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "causal/hunyuan_v1_dense": {"head_dim": 8},
@@ -195,13 +211,13 @@ def shrunk(kind: type[PretrainedConfig], exceptions: dict[str, Any]) -> Pretrain
     for name, value in values.items():
         inner = base.__dict__.get(name)
         if isinstance(inner, PretrainedConfig):
-            given[name] = shrunk(type(inner), exceptions.get(name, {})).to_dict()
+            given[name] = shrunk(type(inner), exceptions.get(name) or {}).to_dict()
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             given[name] = min(SIZES[name], value) if value >= 0 else value
     if "kv_lora_rank" in values and "num_key_value_heads" in given:  # every head has keys of its own
         given["num_key_value_heads"] = given["num_attention_heads"]
     given |= _layers(values)
-    given |= {name: value for name, value in exceptions.items() if not isinstance(given.get(name), dict)}
+    given |= {name: value for name, value in exceptions.items() if name not in given or not isinstance(value, dict)}
     config = kind(**given)
     config.use_cache = False
     return config

@@ -1,4 +1,4 @@
-"""The perturbed view of one model against copies of it whose weights were moved, on one rank or sharded over several."""
+"""The perturbed view of one model against copies of it that were really moved; on one rank or sharded."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ class Comparison:
     unread: list[str] = field(default_factory=list)
 
 
-class Unusable(Exception):
+class UnusableError(Exception):
     """A model that can't be compared: its losses are not finite, or change from call to call."""
 
 
 def cell(layout: str, build: Builder, branches: Branches = BRANCHES) -> dict[str, Any]:
     """One row of the table. Raises whatever the model raises that is not under a view."""
-    model, batch = build()
+    try:
+        model, batch = build()
+    except Exception as error:
+        raise UnusableError(f"it can't be built: {in_words(error)}") from error
     right = moved_losses(model, batch, branches)
     sharded, close = shard(layout, model)
     try:
@@ -67,14 +70,14 @@ def cell(layout: str, build: Builder, branches: Branches = BRANCHES) -> dict[str
 
 
 def _must_run(layout: str, build: Builder) -> None:
-    """Raises Unusable if a model does not even run without a view once it is sharded."""
+    """Raises UnusableError if a model does not even run without a view once it is sharded."""
     model, batch = build()
     sharded, close = shard(layout, model)
     try:
         with torch.no_grad():
             row_losses(sharded, batch)
     except Exception as error:
-        raise Unusable(f"it does not run under {layout}, with or without a view: {in_words(error)}") from error
+        raise UnusableError(f"it does not run under {layout}, with or without a view: {in_words(error)}") from error
     finally:
         close()
 
@@ -88,19 +91,19 @@ def moved_losses(model: nn.Module, batch: Batch, branches: Branches) -> Tensor:
     """Losses of physically perturbed copies, [branches, rows]; the model itself stays as it is.
 
     Raises:
-        Unusable: by these losses nothing can be compared.
+        UnusableError: by these losses nothing can be compared.
     """
     with torch.no_grad():
         plain = row_losses(model, batch)
         if not torch.isfinite(plain).all():
-            raise Unusable("its losses are not finite")
+            raise UnusableError("its losses are not finite")
         if not torch.equal(plain, row_losses(model, batch)):
-            raise Unusable("its losses change from call to call")
+            raise UnusableError("its losses change from call to call")
         right = torch.stack([row_losses(_moved(model, seed, scale), batch) for seed, scale in branches])
     if not torch.isfinite(right).all():
-        raise Unusable("its losses are not finite when perturbed")
+        raise UnusableError("its losses are not finite when perturbed")
     if (effect := _error(right, plain)) < LEAST_EFFECT:
-        raise Unusable(f"what is trainable changes its losses by {effect:.0e} only")
+        raise UnusableError(f"what is trainable changes its losses by {effect:.0e} only")
     return right
 
 

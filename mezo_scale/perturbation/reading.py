@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
 
+from mezo_scale.errors import ViewError
 from mezo_scale.sharding import Site
 
 _PROPERTIES = """
@@ -41,6 +42,18 @@ METADATA = frozenset(
     + [torch.is_floating_point, torch.is_complex, torch.numel]
 )
 """Functions that ask a tensor what it is, not what it holds."""
+
+_IN_PLACE = "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__"
+_KEEP = ("requires_grad_", "detach_", "share_memory_", "rename_")
+WRITES = frozenset(
+    [Tensor.data.__set__]  # type: ignore[attr-defined]
+    + [getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and name[-2] != "_" and name not in _KEEP]
+    + [getattr(Tensor, name) for name in _IN_PLACE.split()]
+)
+"""Functions that change what a tensor holds."""
+
+SAME = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
+"""Functions that give the same values in the same memory, for code that is about to write there."""
 
 
 class Source(Protocol):
@@ -76,9 +89,22 @@ class Reading(Tensor):
         reading._is_param = isinstance(plain, nn.Parameter)  # what torch's Parameter asks for
         return reading
 
+    def __getattr__(self, name: str) -> Any:
+        """What a DTensor has beside a tensor, of the perturbed one."""
+        if name == "plain" or not isinstance(self.plain, DTensor):
+            raise AttributeError(f"a parameter has no attribute {name!r}")
+        return getattr(self.source.value_of(self), name)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in WRITES and type(args[0]) is Reading:
+            raise ViewError(
+                f"{args[0].site.name} is written by the model's own forward, so it has no one value to perturb: "
+                "freeze it (requires_grad = False)"
+            )
+        if func in SAME:
+            return args[0]
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -115,7 +141,7 @@ def is_gathering(depth: int) -> bool:
 
 def can_wait(weight: Tensor) -> bool:
     """Whether a weight can be perturbed when it is used, not yet when it is fetched."""
-    return not isinstance(weight, DTensor | FakeTensor)
+    return not isinstance(weight, FakeTensor)
 
 
 Fetch = Callable[[nn.Module, str, Tensor], Tensor]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -279,7 +280,7 @@ class View:
 
     def rows_of(self, reading: Reading, ids: Tensor) -> Tensor:
         """As `value_of`, of the rows of a table that are looked up."""
-        if not self._runner.branches or reading.made is not None:
+        if not self._runner.branches or reading.made is not None or isinstance(reading.plain, DTensor):
             return nn.functional.embedding(ids, self.value_of(reading))
         self._note(reading)
         return self.weights.rows(reading.site, self._runner.branches[self._runner.active[0]], ids)
@@ -350,4 +351,4 @@ def _is_lookup(module: nn.Module) -> bool:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return False
     weight = module._parameters.get("weight")
-    return weight is not None and can_wait(weight)
+    return weight is not None and not isinstance(weight, DTensor | FakeTensor)

@@ -295,3 +295,50 @@ def test_compiled_modules_run_eagerly_inside_a_view(how: str) -> None:
             with ms.perturbed(called, [branch]):
                 assert torch.allclose(called(x), expected, rtol=1e-5, atol=1e-6)
     assert torch.allclose(both, right, rtol=1e-5, atol=1e-6)
+
+
+class SetsItsData(nn.Module):
+    """Projects its weight in its own forward, as some adapters do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.weight.data = self.inner.weight / self.inner.weight.norm()
+        return self.inner(x)
+
+
+class ClampsItself(nn.Module):
+    """Keeps a scale in bounds, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((6,), 5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.data.clamp_(max=4.6)
+        return x * self.scale.exp()
+
+
+class WritesASlice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight[0] = 0
+        return x * self.weight
+
+
+@pytest.mark.parametrize("make", [SetsItsData, ClampsItself, WritesASlice])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_whose_forward_writes_a_trainable_parameter_is_refused_and_stays_as_it_was(
+    make: Callable[[], nn.Module], count: int
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ViewError, match="written by the model's own forward"), ms.perturbed(model, BRANCHES[:count]):
+        model(torch.randn(4, 6))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
