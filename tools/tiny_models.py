@@ -42,8 +42,9 @@ _NAMES: dict[int, str] = {
     64: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions",
     48: """intermediate_size ffn_dim ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_inner dim_ff
         hidden_dim intermediate_size_mlp dense_intermediate_size feed_forward_size""",
-    32: """hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim d_embed emb_dim lru_width decoder_hidden_size
-        d_latents hidden_size_global ple_embed_dim adapter_in_dim adapter_out_dim adapter_input_size""",
+    32: """hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim d_embed emb_dim lru_width
+        decoder_hidden_size d_latents hidden_size_global ple_embed_dim adapter_in_dim adapter_out_dim
+        adapter_input_size""",
     16: """moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size expert_ffn_hidden_size
         shared_experts_intermediate_size shape_embed_dim pronunciation_embed_dim entity_emb_size
         depthwise_separable_out_channel ext_pw_out_channel nemo_conv_channels""",
@@ -104,7 +105,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         },
     },
-    "causal/dbrx": {"attn_config": None},
     "causal/deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "causal/dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "causal/dots3_note": {"text_config": _DOTS3},
