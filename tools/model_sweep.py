@@ -63,6 +63,7 @@ def main() -> None:
     elif options.work:
         work(options.work, options.only, options.rows, options.rank, options.store)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the workers
         for layout in options.layout or RANKS:
             sweep(layout, _chosen(options.only), options.rows, again=options.again)
 

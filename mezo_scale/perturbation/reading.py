@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
@@ -137,11 +136,6 @@ _GATHERING = ("torch.distributed.", "deepspeed.")
 def is_gathering(depth: int) -> bool:
     """Whether the code that called is that of a library which moves shards, not a model's. `depth`: frames above."""
     return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith(_GATHERING)
-
-
-def can_wait(weight: Tensor) -> bool:
-    """Whether a weight can be perturbed when it is used, not yet when it is fetched."""
-    return not isinstance(weight, FakeTensor)
 
 
 Fetch = Callable[[nn.Module, str, Tensor], Tensor]

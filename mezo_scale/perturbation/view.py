@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
@@ -29,7 +30,7 @@ from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
 from mezo_scale.perturbation.pairing import PairingError
 from mezo_scale.perturbation.readers import Readers, Running, caller
-from mezo_scale.perturbation.reading import Bypass, Reading, can_wait, fetching, is_gathering
+from mezo_scale.perturbation.reading import Bypass, Reading, fetching, is_gathering
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
 from mezo_scale.perturbation.weights import Branch, Weights, is_wide, stored
@@ -240,7 +241,8 @@ class View:
     def _run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._learning:
             wide = is_wide(module) and any(is_half(param) for param in module._parameters.values())
-            return in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
+            result = in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
+            return tree_map_only(Reading, self.value_of, result)  # while it is there: ZeRO-3 lets go of it now
         sites = self._readers.by_module.get(module, [])
         if sites and (_is_lookup(module) or self._bypassed):
             sites = [] if _is_lookup(module) else [site for site in sites if site not in self._bypassed]
@@ -261,7 +263,7 @@ class View:
         if site is None or site in self._runner.held or is_gathering(2):
             return got
         reading = Reading.of(got, site, self._running.module if self._learning else None, self)
-        return reading if can_wait(got) else self.value_of(reading)
+        return reading if not isinstance(got, FakeTensor) else self.value_of(reading)
 
     def value_of(self, reading: Reading) -> Tensor:
         """What is computed with where a reading is used: the parameter as it is in the branch in force.
@@ -350,5 +352,4 @@ def _is_lookup(module: nn.Module) -> bool:
     """Whether a module is a table, whose rows are perturbed as they are looked up."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return False
-    weight = module._parameters.get("weight")
-    return weight is not None and not isinstance(weight, DTensor | FakeTensor)
+    return not isinstance(module._parameters.get("weight"), DTensor | FakeTensor | None)
