@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constr
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-launch check format bench bench-kernels clean
+.PHONY: help install demo test test-launch check format bench bench-kernels sweep clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,10 @@ bench: install  ## a first look at how steps scale here, beside their baselines;
 bench-kernels: install  ## time the noise kernels against torch on this machine, and a step against two forwards
 	$(BIN)/python tools/prepare_demo.py
 	$(BIN)/python tools/kernel_bench.py --model .demo/model
+
+sweep: install  ## every model family and PEFT method, perturbed, against copies that were really moved; an hour
+	$(BIN)/python -m tools.model_sweep
+	$(BIN)/python -m tools.model_sweep --report
 
 clean:  ## remove .venv, the demo's files and every cache
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

@@ -71,7 +71,7 @@ def main() -> None:
 def latest(path: Path) -> dict[tuple[str, str], Row]:
     """(layout, cell) -> its newest row."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a torn last line is no row
+    rows = [json.loads(line) for line in lines]
     return {(row["layout"], row["cell"]): row for row in rows}
 
 
@@ -87,13 +87,13 @@ def _chosen(only: list[str] | None) -> list[str]:
 
 def sweep(layout: str, names: list[str], path: Path, *, again: bool = False) -> None:
     """Makes the rows that are missing."""
+    _mend(path)
     had = {} if again else latest(path)
     missing = [name for name in names if (layout, name) not in had]
     chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     while chunks:
         chunk = chunks.pop(0)
-        start = path.stat().st_size if path.exists() else 0
+        start = path.stat().st_size
         end = _run(layout, chunk, path)
         left = [name for name in chunk if name not in _made(path, start)]
         if left and len(chunk) == 1:
@@ -101,6 +101,13 @@ def sweep(layout: str, names: list[str], path: Path, *, again: bool = False) -> 
         elif left:
             chunks[:0] = [part for part in ([left[0]], left[1:]) if part]
         print(f"{layout}: {sum(map(len, chunks))} cells left", flush=True)
+
+
+def _mend(path: Path) -> None:
+    """A file that ends with a whole row, or is empty: a sweep that was killed may have left half a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.read_bytes() if path.exists() else b""
+    path.write_bytes(whole[: whole.rfind(b"\n") + 1])
 
 
 def _made(path: Path, start: int) -> set[str]:
@@ -136,7 +143,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], path: Path) -> str:
         codes = [rank.poll() for rank in ranks]
         if all(code is not None for code in codes):
             return f"the process ended with code {max(codes, key=lambda code: abs(code or 0))}"
-        now = path.stat().st_size if path.exists() else 0
+        now = path.stat().st_size
         if now != size:
             limit = START_LIMIT_S + CELL_LIMIT_S if size < 0 else CELL_LIMIT_S
             size, since = now, time.monotonic()
@@ -168,9 +175,8 @@ def work(layout: str, names: list[str], path: Path, rank: int, store: str) -> No
     with _group(layout, rank, store):
         for name in names:
             start = time.monotonic()
-            branches = view_against_copy.STRONG if name.startswith("adapter/") else view_against_copy.BRANCHES
             try:
-                result = view_against_copy.cell(layout, builders[name], branches)
+                result = view_against_copy.cell(layout, builders[name])
             except view_against_copy.UnusableError as error:  # on every rank alike
                 result = {"unusable": str(error)}
             except Exception as error:

@@ -16,10 +16,8 @@ from mezo_scale.errors import MezoError, ViewError
 from mezo_scale.perturbation import Branch, View
 from tools.tiny_models import Batch, Builder, row_losses
 
-Branches = Sequence[Branch]
-BRANCHES = [(11, 1e-2), (11, -1e-2), (5, 3e-2)]
-STRONG = [(11, 0.2), (11, -0.2), (5, 0.3)]
-"""For adapters: few numbers, with little effect each."""
+BRANCHES = [(11, 0.1), (11, -0.1), (5, 0.2)]
+"""Far apart: any parameter that was left out has to show."""
 TOLERANCE = 1e-5
 LEAST_EFFECT = 100 * TOLERANCE
 """Relative change of a loss: with less, a view that did nothing would pass."""
@@ -34,29 +32,31 @@ class Comparison:
         one: branch by branch.
         paired: all branches in one tall batch.
         why_not: what it said when it refused.
-        unread: trainable parameters that nothing reads.
+        unread: how many trainable parameters nothing reads.
+        for_example: some of their names.
     """
 
     one: float | None
     paired: float | None = None
     why_not: str = ""
-    unread: list[str] = field(default_factory=list)
+    unread: int = 0
+    for_example: list[str] = field(default_factory=list)
 
 
 class UnusableError(Exception):
     """A model that can't be compared: its losses are not finite, or change from call to call."""
 
 
-def cell(layout: str, build: Builder, branches: Branches = BRANCHES) -> dict[str, Any]:
+def cell(layout: str, build: Builder) -> dict[str, Any]:
     """One row of the table. Raises whatever the model raises that is not under a view."""
     try:
         model, batch = build()
     except Exception as error:
         raise UnusableError(f"it can't be built: {in_words(error)}") from error
-    right = moved_losses(model, batch, branches)
+    right = moved_losses(model, batch)
     sharded, close = shard(layout, model)
     try:
-        result = asdict(compare(sharded, batch, branches, right))
+        result = asdict(compare(sharded, batch, right))
     except Exception:
         _must_run(layout, build)
         raise
@@ -87,7 +87,7 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def moved_losses(model: nn.Module, batch: Batch, branches: Branches) -> Tensor:
+def moved_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Losses of physically perturbed copies, [branches, rows]; the model itself stays as it is.
 
     Raises:
@@ -99,7 +99,7 @@ def moved_losses(model: nn.Module, batch: Batch, branches: Branches) -> Tensor:
             raise UnusableError("its losses are not finite")
         if not torch.equal(plain, row_losses(model, batch)):
             raise UnusableError("its losses change from call to call")
-        right = torch.stack([row_losses(_moved(model, seed, scale), batch) for seed, scale in branches])
+        right = torch.stack([row_losses(_moved(model, seed, scale), batch) for seed, scale in BRANCHES])
     if not torch.isfinite(right).all():
         raise UnusableError("its losses are not finite when perturbed")
     if (effect := _error(right, plain)) < LEAST_EFFECT:
@@ -116,23 +116,23 @@ def _moved(model: nn.Module, seed: int, scale: float) -> nn.Module:
     return moved
 
 
-def compare(model: nn.Module, batch: Batch, branches: Branches, right: Tensor) -> Comparison:
+def compare(model: nn.Module, batch: Batch, right: Tensor) -> Comparison:
     """The view against `right`: a branch at a time and, with a view of its own, all at once."""
     try:
         view = View(model)
-        one = torch.cat([_evaluate(view, [branch], model, batch) for branch in branches])
+        one = torch.cat([_evaluate(view, [branch], model, batch) for branch in BRANCHES])
     except MezoError as error:
         return Comparison(None, None, str(error))
-    error_one = _error(one, right)
+    error_one, unread = _error(one, right), view.never_ran
     try:
-        paired = _evaluate(View(model), branches, model, batch)
+        paired = _evaluate(View(model), BRANCHES, model, batch)
     except Exception as error:  # as MeZO: whatever a tall batch raises is a reason to evaluate one branch at a time
         words = str(error) if isinstance(error, ViewError) else in_words(error)
-        return Comparison(error_one, None, words, view.never_ran)
-    return Comparison(error_one, _error(paired, right), "", view.never_ran)
+        return Comparison(error_one, None, words, len(unread), unread[:3])
+    return Comparison(error_one, _error(paired, right), "", len(unread), unread[:3])
 
 
-def _evaluate(view: View, branches: Branches, model: nn.Module, batch: Batch) -> Tensor:
+def _evaluate(view: View, branches: Sequence[Branch], model: nn.Module, batch: Batch) -> Tensor:
     tall = {key: torch.cat([value] * len(branches)) for key, value in batch.items()}
     with view.branches(branches):
         return row_losses(model, tall).view(len(branches), -1)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.pool import Ranks
 from tools import tiny_adapters, tiny_models
-from tools.view_against_copy import BRANCHES, STRONG, TOLERANCE, cell
+from tools.view_against_copy import TOLERANCE, cell
 
 PAIRED = [
     "causal/bart",  # a head of its own on a decoder
@@ -56,7 +56,7 @@ def row(layout: str, name: str) -> dict[str, Any]:
     builders = tiny_models.families() | {f"adapter/{key}": build for key, build in tiny_adapters.adapters().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cell(layout, builders[name], STRONG if name.startswith("adapter/") else BRANCHES)
+        return cell(layout, builders[name])
 
 
 @pytest.mark.parametrize("name", [*PAIRED, *(f"adapter/{name}" for name in ADAPTERS)])
