@@ -19,7 +19,7 @@ HEAD = """# Models
 Every family of causal and masked language models that transformers has, and every PEFT method, as tiny random models:
 the losses under the [perturbed view](decisions/0002-perturbed-view.md), three branches of two seeds, against those of
 deep copies whose weights were moved by the same noise. Made by `make sweep` (`python -m tools.model_sweep`), {dates},
-on CPUs: {versions}.
+on CPUs: {versions}. Scales of z up to {scales}.
 
 - **equal**: to {tolerance:.0e} of the loss, one branch at a time and, where it pairs, all branches in one batch.
 - **refused**: the view says that it can't, before it computes anything wrong.
@@ -39,6 +39,7 @@ def write(rows: dict[tuple[str, str], Row], path: Path) -> None:
     head = HEAD.format(
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))),
         versions=_versions(),
+        scales=_scales(rows),
         tolerance=TOLERANCE,
     )
     parts = [head, _counts(rows)]
@@ -119,6 +120,15 @@ def _notes(found: list[Row | None]) -> str:
 def _in_a_cell(words: str) -> str:
     text = " ".join(words.split()).replace("|", "\\|")
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def _scales(rows: dict[tuple[str, str], Row]) -> str:
+    """The largest scale of z, and how many rows had which if they differ."""
+    found = [row["scale"] for row in rows.values() if "scale" in row]
+    counts = {scale: found.count(scale) for scale in sorted(set(found), reverse=True)}
+    if len(counts) < 2:
+        return "".join(map(str, counts))
+    return ", ".join(f"{scale} ({count} rows)" for scale, count in counts.items())
 
 
 def _versions() -> str:

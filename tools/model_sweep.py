@@ -183,7 +183,8 @@ def work(layout: str, names: list[str], path: Path, rank: int, store: str) -> No
                 traceback.print_exc(limit=-4)
                 result = {"failed": view_against_copy.in_words(error)}
             if rank == 0:
-                append(path, layout, name, {**result, "seconds": round(time.monotonic() - start, 1)})
+                scale = max(abs(scale) for _, scale in view_against_copy.BRANCHES)
+                append(path, layout, name, {**result, "scale": scale, "seconds": round(time.monotonic() - start, 1)})
             if "failed" in result and RANKS[layout] > 1:
                 os._exit(0)
 

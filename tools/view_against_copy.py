@@ -54,7 +54,10 @@ def cell(layout: str, build: Builder) -> dict[str, Any]:
     except Exception as error:
         raise UnusableError(f"it can't be built: {in_words(error)}") from error
     right = moved_losses(model, batch)
-    sharded, close = shard(layout, model)
+    try:
+        sharded, close = shard(layout, model)
+    except Exception as error:
+        raise UnusableError(f"{layout} can't shard it: {in_words(error)}") from error
     try:
         result = asdict(compare(sharded, batch, right))
     except Exception:
