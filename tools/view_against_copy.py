@@ -163,9 +163,11 @@ def _fsdp2(model: nn.Module) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if not hasattr(model, "peft_config"):
         return shard_fsdp2(model, mesh)
-    for module in list(model.modules()):
-        if type(module).__name__.endswith("DecoderLayer"):
-            fully_shard(module, mesh=mesh)
+    layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+    held = [parameter for layer in layers for parameter in layer.parameters()]
+    if len(held) == len(set(held)):  # what two layers share can only be in a unit around both
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return None
 
