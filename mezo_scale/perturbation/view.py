@@ -33,7 +33,7 @@ from mezo_scale.perturbation.readers import Readers, Running, caller
 from mezo_scale.perturbation.reading import Bypass, Reading, fetching, is_gathering
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
-from mezo_scale.perturbation.weights import Branch, Weights, is_wide, stored
+from mezo_scale.perturbation.weights import Branch, Weights, is_lookup, is_wide, stored
 from mezo_scale.sharding import Layout, Site, discover
 
 
@@ -244,8 +244,8 @@ class View:
             result = in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
             return tree_map_only(Reading, self.value_of, result)  # while it is there: ZeRO-3 lets go of it now
         sites = self._readers.by_module.get(module, [])
-        if sites and (_is_lookup(module) or self._bypassed):
-            sites = [] if _is_lookup(module) else [site for site in sites if site not in self._bypassed]
+        if sites and (is_lookup(module) or self._bypassed):
+            sites = [] if is_lookup(module) else [site for site in sites if site not in self._bypassed]
         if module not in self._counted:
             self._counted.add(module)
             self.read.update(site.name for site in sites)
@@ -298,7 +298,7 @@ class View:
             )
         self._readers.add(site, reading.reader)
         self.read.add(site.name)
-        if not self._learning and not _is_lookup(site.module):
+        if not self._learning and not is_lookup(site.module):
             self._settled = False  # the next evaluation of one branch finds out by whom
 
     def _instead_of(self, tensor: Tensor) -> Tensor:
@@ -346,10 +346,3 @@ def _memory_of(tensor: Tensor) -> int | None:
             return int(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):  # sparse ones, and those inside vmap, have no one memory
             return None
-
-
-def _is_lookup(module: nn.Module) -> bool:
-    """Whether a module is a table, whose rows are perturbed as they are looked up."""
-    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-        return False
-    return not isinstance(module._parameters.get("weight"), DTensor | FakeTensor | None)

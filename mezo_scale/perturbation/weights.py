@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -94,3 +95,10 @@ def is_wide(module: nn.Module) -> bool:
     0.001 hardly moves them (docs/decisions/0005). Statistics that a module keeps in 16 bits tie it to 16 bits.
     """
     return is_normalisation(module) and not any(map(is_half, module.buffers(recurse=False)))
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module is a table, whose rows are perturbed as they are looked up."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    return not isinstance(module._parameters.get("weight"), DTensor | FakeTensor | None)
