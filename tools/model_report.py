@@ -19,10 +19,11 @@ HEAD = """# Models
 Every family of causal and masked language models that transformers has, and every PEFT method, as tiny random models:
 the losses under the [perturbed view](decisions/0002-perturbed-view.md), three branches of two seeds, against those of
 deep copies whose weights were moved by the same noise. Made by `make sweep` (`python -m tools.model_sweep`), {dates},
-on CPUs: {versions}. Scales of z up to {scales}.
+on CPUs: {versions}.
+Scales of z up to {scales}.
 
 - **equal**: to {tolerance:.0e} of the loss, one branch at a time and, where it pairs, all branches in one batch.
-- **refused**: the view says that it can't, before it computes anything wrong.
+- **refused**: the view, or the sharding, says that it can't, before anything wrong is computed.
 - **no model**: a tiny one can't be built, run or compared there; nothing is known, and nothing is claimed.
 - **wrong**, **failed**: neither equal nor refused in so many words.
 - *paired*: all branches share one batch, so that every weight is gathered once a step; *one by one*: they do not, and
@@ -128,7 +129,7 @@ def _scales(rows: dict[tuple[str, str], Row]) -> str:
     counts = {scale: found.count(scale) for scale in sorted(set(found), reverse=True)}
     if len(counts) < 2:
         return "".join(map(str, counts))
-    return ", ".join(f"{scale} ({count} rows)" for scale, count in counts.items())
+    return ", ".join(f"{scale:g} ({count} rows)" for scale, count in counts.items())
 
 
 def _versions() -> str:

@@ -56,6 +56,8 @@ def cell(layout: str, build: Builder) -> dict[str, Any]:
     right = moved_losses(model, batch)
     try:
         sharded, close = shard(layout, model)
+    except MezoError as error:
+        return asdict(Comparison(None, None, str(error)))
     except Exception as error:
         raise UnusableError(f"{layout} can't shard it: {in_words(error)}") from error
     try:
