@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -20,6 +21,10 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
+
+# Notices of transformers would stand among what the commands print.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 THINGS = ("the plot", "its cast", "this film", "the score", "every scene", "a remake", "the ending", "his direction")
 VERDICTS = (("dull", "stale", "a bore", "a mess"), ("superb", "moving", "a joy", "a delight"))
