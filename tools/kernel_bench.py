@@ -21,7 +21,9 @@ import pathlib
 import platform
 import sys
 import time
+import unittest.mock as mock
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 import mezo_scale as ms
 from mezo_scale import noise
+from mezo_scale.perturbation import view
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU_MODELS = {"125M": (768, 12, 12), "1.3B": (2048, 24, 32), "6.7B": (4096, 32, 32), "13B": (5120, 40, 40)}
@@ -201,13 +204,18 @@ def steps(model: nn.Module, name: str, shapes: list[tuple[int, int]], rounds: in
                 for _ in range(2):
                     last_token_loss(model, batch).sum().item()
 
-        contenders = {
-            "step": partial(optimizer.step, batch=batch, objective=last_token_loss),
-            "two forwards": forwards,
-        }
+        step = partial(optimizer.step, batch=batch, objective=last_token_loss)
+
+        def unguarded(step: Callable[[], object] = step) -> None:
+            """A step in which nobody sees what modules fetch: what looking costs."""
+            with mock.patch.object(view, "fetching", lambda fetch, of_instances: nullcontext()):
+                step()
+
+        contenders = {"step": step, "two forwards": forwards, "unguarded step": unguarded}
         seconds = interleave(contenders, rounds, device)
         size = f"{name}, {rows} x {tokens} tokens"
-        yield figure(seconds, "step", "two forwards", str(dtype).removeprefix("torch."), size, measure="time")
+        for against in ("two forwards", "unguarded step"):
+            yield figure(seconds, "step", against, str(dtype).removeprefix("torch."), size, measure="time")
 
 
 def gpu_models(device: torch.device) -> Iterator[tuple[str, nn.Module]]:
