@@ -208,7 +208,7 @@ def steps(model: nn.Module, name: str, shapes: list[tuple[int, int]], rounds: in
 
         def unguarded(step: Callable[[], object] = step) -> None:
             """A step in which nobody sees what modules fetch: what looking costs."""
-            with mock.patch.object(view, "fetching", lambda fetch, of_instances: nullcontext()):
+            with mock.patch.object(view, "fetching", return_value=nullcontext()):
                 step()
 
         contenders = {"step": step, "two forwards": forwards, "unguarded step": unguarded}
