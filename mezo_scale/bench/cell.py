@@ -59,8 +59,9 @@ class Cell:
     @property
     def sharding(self) -> ShardingSection:
         """As a recipe would have it."""
+        given = {"strategy": self.strategy, "replicate": self.replicate}
         configs = {"ds_config": "ds_configs/zero3_bf16.json"} if self.dtype == "bfloat16" else {}
-        return ShardingSection(strategy=self.strategy, replicate=self.replicate, **configs)
+        return ShardingSection.model_validate(given | configs)
 
     @property
     def spread(self) -> Strategy:

@@ -123,7 +123,7 @@ def _recipe(cell: Cell) -> recipe.Recipe:
 
 def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, Callable[[], Any]]:
     """A step of the cell's method, and one bare forward on the same rows."""
-    model = loaded.model
+    model: Any = loaded.model
     batch = _batch(cell, int(model.config.vocab_size), loaded.device)
 
     def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -114,7 +114,7 @@ class Ranks:
         key = f"bench/{self._count}/failed"
         if failed:
             self._store.set(key, "1")
-        return self._store.check([key])
+        return bool(self._store.check([key]))
 
     def _exchanged(self, answers: dict[int, dict[str, Any]], cell: Cell) -> dict[int, dict[str, Any]]:
         """Every rank's answer, on all of them."""

@@ -1,5 +1,6 @@
 """`mezo-scale bench`"""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,7 @@ def bench(
         )
         cells = grid.cells()
     sweep.check(cells, project)
-    say = typer.echo if found.rank == 0 else lambda line: None
+    say: Callable[[str], None] = typer.echo if found.rank == 0 else lambda line: None
     say(str(found))
     turns = rounds or (3 if quick else 7)
     done = sweep.run(cells, out, found, rounds=turns, timeout_s=timeout, retry_failed=retry_failed, say=say)

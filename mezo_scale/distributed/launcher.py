@@ -83,7 +83,7 @@ def detect(environ: Mapping[str, str]) -> Launcher:
         )
     if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
         step = _number(environ, "SLURM_STEP_ID", 0)
-        port = environ.get("MASTER_PORT", _FIRST_PORT + (_number(environ, "SLURM_JOB_ID", 0) * 31 + step) % _PORTS)
+        own_port = _FIRST_PORT + (_number(environ, "SLURM_JOB_ID", 0) * 31 + step) % _PORTS
         address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "localhost"))
         return Launcher(
             name="srun",
@@ -91,7 +91,7 @@ def detect(environ: Mapping[str, str]) -> Launcher:
             rank=_number(environ, "SLURM_PROCID", 0),
             local_rank=_number(environ, "SLURM_LOCALID", 0),
             local_world_size=len(environ.get("SLURM_GTIDS", "0").split(",")),
-            rendezvous=f"{address}:{port}",
+            rendezvous=f"{address}:{environ.get('MASTER_PORT', own_port)}",
             job=job,
             restarts=restarts,
         )

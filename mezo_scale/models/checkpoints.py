@@ -77,9 +77,10 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
         ModelError: it can't be read, or lacks weights (transformers would make them up).
     """
     if name.startswith(RANDOM):
-        model = AutoModelForCausalLM.from_config(find(name), dtype=dtype)
-        randomise_(model)
-        return model.eval()
+        random: nn.Module = AutoModelForCausalLM.from_config(find(name), dtype=dtype)
+        randomise_(random)
+        return random.eval()
+    model: nn.Module
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
@@ -110,7 +111,7 @@ def randomise_(model: nn.Module) -> None:
     layout.refresh()
 
 
-def write(model: nn.Module, tokenizer: Any, directory: Path) -> None:
+def write(model: Any, tokenizer: Any, directory: Path) -> None:
     """Writes an ordinary Hugging Face checkpoint (safetensors, configuration, tokenizer); every rank calls it.
 
     It is complete or not there: written beside, then renamed. An older one is replaced.
@@ -139,7 +140,7 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
         state = _full_state_zero3(model)
     else:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+        state = dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # tensors alone
     if dist.get_rank() > 0:
         return {}
     names: dict[int, str] = {}

@@ -39,7 +39,7 @@ def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
         shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
         return model if offload else model.to(world.device)
     model = skeleton(AutoConfig.from_pretrained(name), dtype)
-    source = checkpoints.read(name, dtype, distributed_config=_reading_plan(model, strategy))
+    source: Any = checkpoints.read(name, dtype, distributed_config=_reading_plan(model, strategy))
     model.generation_config = source.generation_config
     shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)
     _adopt(model, source)
@@ -47,7 +47,7 @@ def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
 
 
 def shard_fsdp2(
-    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, *, offload: bool = False
+    model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, *, offload: bool = False
 ) -> None:
     """Shards a causal language model in place, unit by unit (`units`).
 
@@ -63,7 +63,9 @@ def shard_fsdp2(
         rest["offload_policy"] = CPUOffloadPolicy()
     layer: dict[str, Any] = dict(rest)
     if compute_dtype is not None:
-        layer["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, output_dtype=model.dtype)
+        layer["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, output_dtype=next(model.parameters()).dtype
+        )
     root, *others = _units_apart(model)
     for unit in (*others, root):
         fully_shard(unit.module, **(layer if unit.kind == "layer" else rest))
@@ -97,6 +99,7 @@ def _random_fsdp2(
     offload: bool,
 ) -> nn.Module:
     """Random weights, made where they stay: no rank and no host ever holds more than its shards."""
+    model: nn.Module
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(checkpoints.find(name), dtype=dtype)
     shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
@@ -105,7 +108,7 @@ def _random_fsdp2(
     for name, buffer in buffers.items():  # computed from the configuration, and emptied with the rest
         owner, _, key = name.rpartition(".")
         model.get_submodule(owner)._buffers[key] = buffer
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
     checkpoints.randomise_(model)
     return model
 
@@ -134,7 +137,7 @@ def _reading_plan(model: nn.Module, strategy: Strategy) -> Any:
     )
 
 
-def _adopt(model: nn.Module, source: nn.Module) -> None:
+def _adopt(model: Any, source: nn.Module) -> None:
     """Gives a sharded model without storage the shards and the tables of one that has them."""
     model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()

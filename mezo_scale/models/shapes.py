@@ -79,8 +79,8 @@ def _decoder(
     return Shape(hub, kind, fields | rest)
 
 
-_LLAMA_3 = {"max_position_embeddings": 8192, "rope_theta": 500_000.0}
-_QWEN_3 = {"head_dim": 128, "max_position_embeddings": 40_960}
+_LLAMA_3: dict[str, Any] = {"max_position_embeddings": 8192, "rope_theta": 500_000.0}
+_QWEN_3: dict[str, Any] = {"head_dim": 128, "max_position_embeddings": 40_960}
 
 SHAPES: dict[str, Shape] = {
     "opt-125m": _opt("125m", 768, 12, 12),
@@ -145,7 +145,8 @@ def config_of(name: str) -> PretrainedConfig:
 def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model on the meta device: modules and shapes, no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def _read(name: str) -> PretrainedConfig:

@@ -1,7 +1,7 @@
 """The units of a model: what is gathered together, whoever shards, plans or measures it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,7 +23,7 @@ class Unit:
     module: nn.Module
 
 
-def units(model: nn.Module) -> tuple[Unit, ...]:
+def units(model: Any) -> tuple[Unit, ...]:
     """The units of a causal language model, sharded or not, in the order in which a forward pass gathers them.
 
     The root comes first: its weights stay while the others come and go. A layer is what the architecture says must not

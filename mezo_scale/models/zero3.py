@@ -24,6 +24,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise RecipeError(f"sharding.ds_config: there is no file {named}; expected a DeepSpeed configuration (JSON)")
+    config: dict[str, Any]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -60,4 +61,5 @@ def load_zero3(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
     model = checkpoints.read(recipe.model.name, getattr(torch, recipe.model.dtype))
     del alive
     engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
-    return engine.module
+    partitioned: nn.Module = engine.module
+    return partitioned

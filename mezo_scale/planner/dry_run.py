@@ -170,7 +170,7 @@ class Storages(TorchDispatchMode):
             self._move(storage, GATHERED)  # so FSDP2 takes and frees what it copies weights to
             return resized
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
         super().__enter__()
         return self
 

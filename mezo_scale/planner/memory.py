@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return sum(astuple(self)) - self.host
+        return int(sum(astuple(self))) - self.host
 
 
 def memory(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> Memory:
@@ -61,10 +61,10 @@ def memory(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> 
     moments = [(gathered, scratch, *live) for gathered, *live in _moments(arch, strategy, workload, tall)]
     if workload.branches > 1:
         moments += [(gathered, 0, *live) for gathered, *live in _moments(arch, strategy, workload, LEARNING_ROWS)]
-    peak = max(moments, key=sum)
+    gathered, scratch, activations, logits = max(moments, key=sum)
     if strategy.offload is None:
-        return Memory(shards, master, *peak)
-    return Memory(0, 0, *peak, host=shards + master)
+        return Memory(shards, master, gathered, scratch, activations, logits)
+    return Memory(0, 0, gathered, scratch, activations, logits, host=shards + master)
 
 
 def shard_numel(shapes: Shapes, strategy: Strategy) -> int:

@@ -55,8 +55,8 @@ class Report:
         """
         config = config_of(model)
         entries = plan(config, cluster, workload, rates)
-        for number, entry in enumerate(entries if dry_run is not None else []):
-            if entry.fits and entry.strategy.can_dry_run:
+        for number, entry in enumerate(entries):
+            if dry_run is not None and entry.fits and entry.strategy.can_dry_run:
                 dry_run(f"dry run: {entry.strategy.layout}, stored in {workload.stored(entry.strategy)}")
                 entries[number] = with_dry_run(config, entry, workload)
         return cls(model, config, cluster, workload, rates, recipe, entries)

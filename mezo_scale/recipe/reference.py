@@ -1,6 +1,6 @@
 """The reference page of the recipe, made from the descriptions of its fields."""
 
-from mezo_scale.recipe.tree import Recipe, options
+from mezo_scale.recipe.tree import options, section_of
 
 
 def reference() -> str:
@@ -18,7 +18,7 @@ def reference() -> str:
     for option in options():
         if section != option.key.split(".")[0]:
             section = option.key.split(".")[0]
-            about = Recipe.model_fields[section].annotation.__doc__
+            about = section_of(section).__doc__ or ""
             lines += ["", f"## {section}", "", about, "", "| field | type | default | |", "|---|---|---|---|"]
         kind = option.type.replace("|", "\\|")
         lines.append(f"| `{option.key}` | {kind} | `{option.default}` | {option.description} |")

@@ -7,6 +7,7 @@ and docs/recipe.md are made from them.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
@@ -94,6 +95,15 @@ class OptimizerSection(Section):
     )
     num_directions: int = Field(1, ge=1, description="Random directions per step; each costs two forward passes.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the directions and of the order of the examples.")
+    rounding: Literal["nearest", "stochastic", "master"] = Field(
+        "nearest",
+        description="How 16-bit weights take an update. nearest loses most small ones, stochastic keeps them on "
+        "average; master keeps a float32 master of bfloat16 weights, at 2 bytes more per element. float32 weights "
+        "need none of it.",
+    )
+    distribution: Literal["normal", "rademacher"] = Field(
+        "normal", description="What directions are drawn from; rademacher is +1 and -1."
+    )
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="The learning rate over the steps: as it is, or falling linearly towards 0."
     )
@@ -157,6 +167,12 @@ class Recipe(Section):
     sharding: ShardingSection = ShardingSection()
     output: OutputSection = OutputSection()
 
+    @property
+    def directory(self) -> Path:
+        """The run directory. A recipe that was read from a file has one (`load` sees to it)."""
+        assert self.output.dir is not None
+        return Path(self.output.dir)
+
 
 class Option(NamedTuple):
     """One field of the recipe, as the reference page and the help show it."""
@@ -169,10 +185,18 @@ class Option(NamedTuple):
 
 def options() -> Iterator[Option]:
     """Every field of the recipe, in order."""
-    for section_name, section in Recipe.model_fields.items():
-        for name, field in section.annotation.model_fields.items():
+    for section_name in Recipe.model_fields:
+        for name, field in section_of(section_name).model_fields.items():
             default = "required" if field.default is PydanticUndefined else _yaml(field.default)
-            yield Option(f"{section_name}.{name}", _type(field.annotation), default, field.description)
+            yield Option(f"{section_name}.{name}", _type(field.annotation), default, field.description or "")
+
+
+def section_of(name: str) -> type[Section]:
+    """The class of a section by its name."""
+    kind = Recipe.model_fields[name].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, Section)
+    return kind
 
 
 def dump(recipe: Recipe) -> str:

@@ -71,7 +71,7 @@ class StepProgress:
         if self._recent:
             rate = sum(self._recent) / len(self._recent)
             state += f"  {rate:.2f} s/step  {timedelta(seconds=round(rate * (self._total - done)))} left"
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, state=state)
         elif done % self._log_every == 0 or done == self._total:
             self._screen.say(f"step {done}/{self._total}  {state}")

@@ -95,7 +95,7 @@ class RunDirectory:
 def environment(world: World) -> dict[str, Any]:
     """Where and with what a session runs."""
     packages = ("mezo-scale", "torch", "transformers", "deepspeed", "numba", "triton", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -121,7 +121,7 @@ def _finite(scores: Tensor, examples: Sequence[Encoded]) -> Tensor:
 
 def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Evaluation, int]:
     """The accuracy of a recipe's model; of a run's, after the steps in its directory. Returns it and those steps."""
-    run = RunDirectory(Path(recipe.output.dir))
+    run = RunDirectory(recipe.directory)
     keep_memory_steady()
     with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
         with world.together():

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, TextIO
 
 from mezo_scale.distributed.world import World
 from mezo_scale.runs.directory import RunDirectory, replace_file
@@ -12,7 +12,8 @@ class Metrics:
     """Numbers per step, to metrics.jsonl and to TensorBoard; nothing on the ranks that do not write."""
 
     def __init__(self, run: RunDirectory, world: World, first_step: int) -> None:
-        self._file = self._board = None
+        self._file: TextIO | None = None
+        self._board: Any = None  # TensorBoard's, imported below
         if world.rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
 

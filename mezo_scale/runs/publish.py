@@ -39,4 +39,5 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None) -> int:
 
 def stored_dtype(records: Trajectory) -> torch.dtype:
     """What the weights of the run were stored in."""
-    return getattr(torch, records.header.manifest[0][2])
+    dtype: torch.dtype = getattr(torch, records.header.manifest[0][2])
+    return dtype

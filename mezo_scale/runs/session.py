@@ -51,9 +51,14 @@ def train(recipe: Recipe) -> None:
     """
     keep_memory_steady()
     with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
-        run = RunDirectory(Path(recipe.output.dir))
+        run = RunDirectory(recipe.directory)
         with world.together():
             models.check(recipe, world)
+            if recipe.optimizer.rounding == "master" and recipe.model.dtype == "float16":
+                raise RecipeError(
+                    "optimizer.rounding is master, but model.dtype is float16, whose numbers are not the upper half of "
+                    "float32's: take model.dtype=bfloat16"
+                )
             rows = recipe.train.batch_size
             if rows < world.size:
                 raise RecipeError(
@@ -138,6 +143,8 @@ class Trainer:
                 weight_decay=options.weight_decay,
                 num_directions=options.num_directions,
                 seed=options.seed,
+                rounding=options.rounding,
+                distribution=options.distribution,
                 trajectory=self.run.trajectory,
                 dtype=self.loaded.scratch_dtype,
                 progress=progress,
@@ -187,6 +194,7 @@ class Trainer:
         loss = optimizer.step(batch=self._batch(step), objective=self._losses, micro_batch=recipe.train.micro_batch)
         seconds = time.perf_counter() - start
         record = optimizer.last_record
+        assert record is not None, "a step was just taken"
         grads = list(record.projected_grads)
         metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds, skipped=record.skipped)
         skips.count(record)

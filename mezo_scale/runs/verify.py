@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
     Raises:
         MezoError: at the first thing that does not.
     """
-    run = RunDirectory(Path(recipe.output.dir))
+    run = RunDirectory(recipe.directory)
     records = Trajectory.open(run.trajectory)
     skipped = sum(record.skipped for record in records)
     size = os.path.getsize(run.trajectory)

@@ -116,13 +116,15 @@ def submit(
     runs = _runs(source, overrides, array)
     for recipe in runs.values():
         _check(recipe, resources.world)
-    home = Path(recipes.load(source, overrides).output.dir)
+    home = recipes.load(source, overrides).directory
     script = _freeze(home, runs, resources, is_array=array is not None)
     arguments = [str(script), *map(str, runs)]
     if dry_run:
         return [f"job script: {script}", f"not submitted; to do so: {shlex.join(['sbatch', *arguments])}"]
     id_ = commands.sbatch(arguments)
-    replace(Job.read(home), id=id_).write(home)
+    job = Job.read(home)
+    assert job is not None, "it was written a moment ago"
+    replace(job, id=id_).write(home)
     output = shlex.quote(str(home / "job")) + "/slurm-" + (f"{id_}-*.out" if array else f"{id_}.out")
     return [
         f"submitted: SLURM job {id_}, {len(runs)} run(s) of {resources.nodes} node(s)",
@@ -151,7 +153,7 @@ def _check_scheduler(resources: Resources) -> None:
 def _runs(source: str, overrides: Sequence[str], array: str | None) -> dict[Path, Recipe]:
     """The recipe of each run, by its run directory."""
     whole = recipes.load(source, overrides)
-    home = Path(whole.output.dir)
+    home = whole.directory
     if array is None:
         return {home: whole}
     key, equals, text = array.partition("=")
@@ -175,7 +177,7 @@ def _check(recipe: Recipe, world: World) -> None:
             f"train.batch_size is {recipe.train.batch_size}, but {world.nodes} nodes x {world.local_size} are "
             f"{world.size} processes: give each at least one row, train.batch_size={world.size}"
         )
-    run = RunDirectory(Path(recipe.output.dir))
+    run = RunDirectory(recipe.directory)
     if run.trajectory.exists() and run.recipe.is_file():
         changed = recipes.differences(recipes.load(run.path), recipe)
         if changed:

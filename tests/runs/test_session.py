@@ -217,3 +217,18 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_is_null_in_the_metrics(
     assert [(line["loss"], line["projected_grads"]) for line in metrics(run)] == [(None, [None])] * 4
     assert "4 steps (4 skipped)" in next(verify(recipe))
     assert same(weights(run / "checkpoint"), weights(Path(recipe.model.name)))
+
+
+@pytest.mark.parametrize("option", ["rounding=master", "rounding=stochastic", "distribution=rademacher"])
+def test_a_recipe_says_how_updates_are_drawn_and_stored(make_recipe: MakeRecipe, option: str) -> None:
+    recipe = make_recipe("model.dtype=bfloat16", option)
+    train(recipe)
+    header = Trajectory.open(recipe.directory / "trajectory.mezo").header
+    name, value = option.split("=")
+    assert getattr(header, name) == value
+    assert len(list(verify(recipe))) == 3
+
+
+def test_a_float32_master_of_float16_weights_is_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match="model.dtype is float16"):
+        train(make_recipe("model.dtype=float16", "rounding=master"))
