@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mezo_scale import collectives
-from mezo_scale.errors import ViewError
 from mezo_scale.optim.batch import Batch, repeat, rows, take
 from mezo_scale.optim.company import Company
 from mezo_scale.perturbation import Branch, PairingError, View
+from mezo_scale.perturbation.pairing import in_words
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> losses of the batch's rows, [rows]."""
@@ -98,7 +98,7 @@ class Estimator:
         except Exception as error:
             if self.view.gathers:  # ranks in the middle of a forward need each other: one can't begin another alone
                 raise
-            reason = _in_words(error)
+            reason = in_words(error)
         losses = self._apart(batch, objective, branches)  # an error that is the model's own comes again here
         self._fall_back(reason)
         return losses
@@ -133,7 +133,7 @@ class Estimator:
             if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"
         except Exception as error:
-            reason = _in_words(error)
+            reason = in_words(error)
         if collectives.max_integer(int(bool(reason))):
             self._fall_back(reason or "another rank found so")
             return False
@@ -159,11 +159,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _in_words(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, ViewError) else f"{type(error).__name__}: {text}"
 
 
 def _widest(view: View) -> torch.dtype:

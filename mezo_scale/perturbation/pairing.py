@@ -34,6 +34,12 @@ class PairingError(ViewError):
     """A call can't be evaluated in several branches at once. Raised before it runs, by all ranks that it takes."""
 
 
+def in_words(error: Exception) -> str:
+    """What an error says, in one line; with its type, unless it is one of ours."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, ViewError) else f"{type(error).__name__}: {text}"
+
+
 class Pairing:
     """What the two small runs taught: the units, and per unit how each argument and result divides."""
 

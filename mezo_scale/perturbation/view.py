@@ -12,6 +12,7 @@ branch is in force, an error that names it and its reader if several are.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ from mezo_scale.errors import ViewError
 from mezo_scale.perturbation import pairing
 from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
-from mezo_scale.perturbation.pairing import PairingError
+from mezo_scale.perturbation.pairing import PairingError, in_words
 from mezo_scale.perturbation.readers import Readers, Running, caller
 from mezo_scale.perturbation.reading import Bypass, Reading, fetching, is_gathering
 from mezo_scale.perturbation.scratch import Scratch
@@ -60,7 +61,9 @@ class View:
         self.weights = Weights(dtype, distribution, scratch if scratch is not None else Scratch())
         self.read: set[str] = set()
         self._at = {(site.module, site.attr): site for site in self.layout.sites}
-        self._owners = {site.module for site in self.layout.sites}
+        self._owned: dict[nn.Module, list[Site]] = defaultdict(list)
+        for site in self.layout.sites:
+            self._owned[site.module].append(site)
         self._parents = {child: module for module in model.modules() for child in module.children()}
         self._readers = Readers(model, self.layout.sites)
         self._running = Running()
@@ -107,7 +110,7 @@ class View:
             self._opened, self._given, self._watching = stack, set(), False
             stack.enter_context(run_eagerly(self.model))
             stack.enter_context(fetching(self._fetch, of_instances=self._in_instances))
-            self._give_to([*self._owners, *self._readers.by_module, *self._pairing.units])
+            self._give_to([*self._owned, *self._readers.by_module, *self._pairing.units])
             if len(branches) > 1:
                 self._watch_entries(stack)
             elif not self._settled:
@@ -144,7 +147,7 @@ class View:
 
     def _watch_entries(self, stack: ExitStack) -> None:
         """Before an outermost call: learn how it pairs. A hook, not a shadowed forward: it must precede FSDP's own."""
-        modules = {self.model, *self._owners}
+        modules = {self.model, *self._owned}
         for module in list(modules):
             while (parent := self._parents.get(module)) is not None and parent not in modules:
                 modules.add(parent)
@@ -186,9 +189,7 @@ class View:
                 error = met
             news = 2 * self._most(int(error is not None))
         if error is not None:
-            raise PairingError(
-                str(error) if isinstance(error, ViewError) else f"{type(error).__name__}: {error}"
-            ) from error
+            raise PairingError(in_words(error)) from error
         if news == 2:
             raise PairingError("another rank's batch can't be evaluated in several branches at once")
 
@@ -240,7 +241,7 @@ class View:
 
     def _run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._learning:
-            wide = is_wide(module) and any(is_half(param) for param in module._parameters.values())
+            wide = is_wide(module) and any(is_half(stored(site)) for site in self._owned.get(module, ()))
             result = in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
             return tree_map_only(Reading, self.value_of, result)  # while it is there: ZeRO-3 lets go of it now
         sites = self._readers.by_module.get(module, [])
