@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from mezo_scale import collectives, noise
@@ -139,13 +140,27 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     if any(hasattr(param, "ds_id") for param in model.parameters()):
         state = _full_state_zero3(model)
     else:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # tensors alone
+        state = _full_state_dtensors(model)
     if dist.get_rank() > 0:
         return {}
     names: dict[int, str] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         state[name] = state[names.setdefault(id(param), name)]  # tied weights are one tensor again, and saved once
+    return state
+
+
+def _full_state_dtensors(model: nn.Module) -> dict[str, Tensor]:
+    """Gathered one by one, tied weights once: a rank other than 0 holds its shards and one parameter at a time."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+    state = model.state_dict()
+    for name, held in [*model.named_parameters(), *model.named_buffers()]:
+        if name in state:
+            tensor: Any = held.detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            state[name] = whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
+            del tensor, whole
     return state
 
 

@@ -1,5 +1,6 @@
 """A run from its recipe to its report. The method is in the optimizer; here is what goes on around it."""
 
+import gc
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,16 +103,9 @@ class Trainer:
         if done:
             left = self.recipe.train.steps - done
             self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
-        optimizer = self._optimizer()
-        if self.world.rank == 0:
-            self.run.describe(self.recipe, self.world)
-            self.run.add_evaluation(**results)
-        steps = self.recipe.train.steps
-        if results.get("tuned", {}).get("step") != steps:
-            skipped = self._train(optimizer)
-            tuned = self._evaluate(self.splits.test, "tuned")
-            results["tuned"] = {**tuned.as_dict(), "step": steps, "skipped": skipped}
+        self._tune(results)
         if self.recipe.output.checkpoint:
+            gc.collect()  # the optimizer's scratch and the last step's batch, before rank 0 holds the whole model
             with self.memory.phase(CHECKPOINT):
                 checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
         commands, memory = self._commands(), self.memory.all_gib()
@@ -130,6 +125,17 @@ class Trainer:
         self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
         for what, command in commands.items():
             self.screen.say(f"{what}: {command}")
+
+    def _tune(self, results: dict[str, Any]) -> None:
+        """The steps that are left, and what the tuned model is worth, added to the results."""
+        optimizer, steps = self._optimizer(), self.recipe.train.steps
+        if self.world.rank == 0:
+            self.run.describe(self.recipe, self.world)
+            self.run.add_evaluation(**results)
+        if results.get("tuned", {}).get("step") != steps:
+            skipped = self._train(optimizer)
+            tuned = self._evaluate(self.splits.test, "tuned")
+            results["tuned"] = {**tuned.as_dict(), "step": steps, "skipped": skipped}
 
     def _optimizer(self) -> MeZO:
         options = self.recipe.optimizer
