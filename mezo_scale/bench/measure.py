@@ -142,7 +142,7 @@ def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, 
 
 
 def _batch(cell: Cell, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    """Random tokens, two candidates of one token each: `data.collate`'s first form, this rank's rows."""
+    """Random tokens, two candidates of one token each: `tasks.encoding.collate`'s first form, this rank's rows."""
     rows = cell.rows // cell.world_size
     generator = torch.Generator().manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
     batch = {

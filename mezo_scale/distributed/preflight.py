@@ -1,4 +1,4 @@
-"""The roll call: before anything is loaded, every rank says where it is and what it has; what can't work stops here.
+"""Preflight: before anything is loaded, every rank says where it is and what it has; what can't work stops here.
 
 All of it goes through the store where the processes meet, which needs no more than that they reach one address. So a
 run whose processes can't work together ends within `JOIN_TIMEOUT_S` (300, or what the environment says), with the host

@@ -115,7 +115,10 @@ class Runner:
         """torch's own Linear, called the ordinary way on rows of the tall batch."""
         if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
             return False
-        if any(site.module is not module for site in sites) or module._parameters.get("weight") is None:
+        tuned = {name for name, param in module._parameters.items() if param is not None and param.requires_grad}
+        if {site.attr for site in sites if site.module is module} != tuned or len(sites) != len(tuned):
+            return False  # what it is not given it reads as it is, and that must not be here
+        if module._parameters.get("weight") is None:
             return False
         x = args[0]
         sharded = isinstance(x, DTensor) or isinstance(module._parameters["weight"], DTensor)

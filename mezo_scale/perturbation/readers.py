@@ -2,8 +2,8 @@
 
 The module that is given a perturbed weight must be the one that fetches it. Most modules fetch their own; state-space
 mixers fetch their convolution's, attention blocks a table of another module's, adapters the entries of a ParameterDict.
-Where an outer module and one inside it both fetch a parameter, the outer one is its reader: the inner one finds what
-was put in its place.
+Where an outer module and one inside it both fetch a parameter, both are its readers: inside the outer one the inner one
+finds what was put in its place, and elsewhere it is given the parameter itself.
 """
 
 from __future__ import annotations
@@ -51,19 +51,11 @@ class Readers:
         if reader is not None:
             self.seen[site].add(reader)
 
-    def of(self, site: Site) -> set[nn.Module]:
-        """The modules that have to be given the parameter: readers that are inside no other reader."""
-        found = self.seen.get(site, set())
-        if len(found) < 2:
-            return found
-        inside = {child for module in found for child in module.modules() if child is not module}
-        return found - inside
-
     def settle(self) -> None:
         """Brings `by_module`, what each reader is to be given, up to date with what was seen."""
         given: dict[nn.Module, list[Site]] = defaultdict(list)
         for site in self.sites:
-            for reader in self.of(site):
+            for reader in self.seen.get(site, ()):
                 given[reader].append(site)
         self.by_module = dict(given)
 

@@ -1,4 +1,4 @@
-"""What is minimised: per-row losses from a batch of `data.collate`, float32, for any causal language model.
+"""What is minimised: per-row losses from a batch of `tasks.encoding.collate`, float32, for any causal language model.
 
 The optimizer repeats a batch once per branch along dim 0; each row keeps its candidates inside, so the branches stay
 contiguous blocks when rows and candidates are flattened into the model's batch dim.

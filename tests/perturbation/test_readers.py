@@ -132,7 +132,29 @@ class Apply(nn.Module):
         return x @ weight
 
 
+class CalledAndReadFromOutside(nn.Module):
+    """A Linear that is called by itself, and whose weight a module around it reads elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.head = Transposed(self.shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(x))
+
+
+class Transposed(nn.Module):
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight
+
+
 MODELS = [
+    CalledAndReadFromOutside,
     ParentReads,
     GrandparentReads,
     Containers,
