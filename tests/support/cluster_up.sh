@@ -19,7 +19,13 @@ case $DIR in /*) ;; *) die "CLUSTER_DIR=$DIR is not an absolute path" ;; esac
 if [ -f "$DIR/env.sh" ] && ready; then echo "cluster_up: already up, source $DIR/env.sh"; exit 0; fi
 [ ! -e "$DIR" ] || [ -f "$DIR/log/cluster" ] || die "$DIR exists and is not the folder of a cluster"
 CLUSTER_DIR=$DIR bash "$HERE/cluster_down.sh"
-ip netns list 2>/dev/null | grep -q '^mezo-node' && die "another cluster is up: stop it with its own CLUSTER_DIR"
+# What a cluster left whose processes all ended without cluster_down.sh (a kill, the end of a container) is removed.
+for ns in $(ip netns list 2>/dev/null | awk '/^mezo-node/ {print $1}'); do
+  [ -z "$(ip netns pids "$ns")" ] || die "another cluster is up ($ns has processes): stop it with its own CLUSTER_DIR"
+  ip netns del "$ns"
+done
+if pgrep -x slurmctld -a | grep -q 'mezo-'; then die "another cluster's slurmctld is up: stop it with its own CLUSTER_DIR"; fi
+ip link del mezobr0 2>/dev/null || true
 
 missing=()
 for package in munge slurmctld slurmd slurm-client openssh-server openssh-client pdsh iproute2; do
