@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-launch check format bench bench-kernels sweep clean
@@ -31,8 +32,9 @@ demo: install  ## fine-tune a real model on real data with two ranks, and see wh
 	$(BIN)/python tools/prepare_demo.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m mezo_scale.cli train launch/demo.yaml
 
-test: install  ## run every test
-	$(BIN)/python -m pytest
+# A file's tests stay together: what they share (ranks, a SLURM cluster) is set up once, and half of it only waits.
+test: install  ## run every test, two files at a time (JOBS=1: one after the other)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-launch: install  ## the real launchers, on a SLURM cluster that is set up for it as well (root, Debian)
 	MEZO_TEST_SLURM=1 $(BIN)/python -m pytest -m 'launch or slurm'

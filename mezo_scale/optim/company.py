@@ -2,7 +2,7 @@
 
 All ranks call a sharded model equally often in a step. So one whose objective raised can make the calls that are left,
 with the arguments of an earlier one, and then tell the others; without it they would wait until the process group's
-timeout. A call that failed halfway can't be made good.
+timeout. A call that failed halfway can't be made good: then the others' `Heartbeat` ends them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ class Company:
         """The step is over."""
         self._usual, self._begun, self._done = self._done, 0, 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no call failed halfway."""
+        return self._begun == self._done
+
     def left(self) -> int:
         """Calls that the others still make in this step, as far as one can tell; 0 if this rank can't make them."""
-        whole = self._begun == self._done and self._arguments is not None
-        return max(0, self._usual - self._done) if whole else 0
+        return max(0, self._usual - self._done) if self.is_whole and self._arguments is not None else 0
 
     def call(self) -> None:
         """One of them."""

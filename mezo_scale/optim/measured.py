@@ -73,20 +73,26 @@ class Measured:
         return StepRecord(step, seeds, grads, tuple(alphas), tuple(decays), loss, reads.unread)
 
 
-def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float | None) -> None:
+def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float | None) -> bool:
     """Tell the other ranks that this one has no losses for the step: they raise a `RankError` instead of waiting.
 
-    Where they are in the middle of gathering weights with this rank, they can't be told: then it leaves the process
-    group after `patience_s`, which ends their wait with an error.
+    Where they are in the middle of gathering weights with this rank, they can't be told that way.
+
+    Args:
+        patience_s: how long to wait for them; None: as long as the process group does.
+
+    Returns:
+        Whether they know.
     """
     if not collectives.is_distributed():
-        return
+        return True
     try:
         _exchange(step, last, [0.0] * (branches + 1), 0, failed=True, patience_s=patience_s)
     except RankError:
-        return
+        return True
     except Exception:  # torch's own, of many kinds: the others did not come
-        collectives.leave()
+        return False
+    return True
 
 
 def _exchange(

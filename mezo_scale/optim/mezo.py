@@ -16,6 +16,7 @@ from mezo_scale import collectives, noise
 from mezo_scale.errors import MezoError, ModelError, ShardingError
 from mezo_scale.optim import groups
 from mezo_scale.optim.batch import Batch
+from mezo_scale.optim.heartbeat import Heartbeat
 from mezo_scale.optim.losses import Estimator, Objective, evaluating
 from mezo_scale.optim.measured import Measured, fail
 from mezo_scale.optim.reads import Reads
@@ -54,6 +55,9 @@ class MeZO(torch.optim.Optimizer):
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
         progress: called with (steps done, steps in all) while an existing trajectory is applied.
+        hang_timeout: seconds that a step of several ranks may take, or ten times the slowest step before it if that is
+            more; then the processes end, and say which rank did not come. None: they wait as long as the process group
+            does.
 
     Raises:
         ValueError: lr, eps, weight_decay or num_directions out of range.
@@ -77,6 +81,7 @@ class MeZO(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
         paired: bool | None = None,
         progress: Progress | None = None,
+        hang_timeout: float | None = 600.0,
     ) -> None:
         check_positive("lr", lr)
         check_positive("eps", eps)
@@ -97,6 +102,7 @@ class MeZO(torch.optim.Optimizer):
         self.last_record: StepRecord | None = None
         self._dtype, self._paired = dtype, paired
         self._measured: Measured | None = None
+        self._heartbeat = Heartbeat(hang_timeout)
         self._estimator = Estimator(model, view, paired=paired)
         for group in self.param_groups:
             groups.check_owned(group["params"], view.layout)
@@ -133,23 +139,13 @@ class MeZO(torch.optim.Optimizer):
             ValueError: arguments that can't be evaluated. What was measured before is kept.
             MezoError: the model was changed in a way that can't be followed; see `step`.
         """
-        if not (
-            (closure is not None and batch is None and objective is None)
-            or (closure is None and batch is not None and objective is not None)
-        ):
-            raise ValueError("step and measure take either a closure, or both batch and objective")
-        self._follow()
-        branches = self._branches() if self._measured is None else self._measured.branches
-        with self._estimator.company.counted(), evaluating(self.model):
-            if closure is not None:
-                with torch.no_grad():
-                    sums = self._estimator.of_closure(closure, branches)
-            else:
-                assert batch is not None
-                assert objective is not None
-                sums = self._estimator.of_batch(batch, objective, branches, micro_batch)
-        self._measured = Measured(branches, sums) if self._measured is None else self._measured + sums
-        return sum(sums.sums) / (len(branches) * sums.count)
+        with self._heartbeat.inside(self.step_count):
+            try:
+                return self._measure(closure, batch, objective, micro_batch)
+            except Exception as error:
+                if self._estimator.view.gathers and not self._estimator.company.is_whole:
+                    self._heartbeat.give_up(self.step_count, error)
+                raise
 
     def step(  # type: ignore[override]
         self,
@@ -178,10 +174,9 @@ class MeZO(torch.optim.Optimizer):
           once.
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
         - An exception on one rank is raised there; the others raise a `RankError` that names it, and the step is taken
-          on none. One in the middle of a sharded model's forward can't be told to those who wait for this rank's part
-          of a weight: it leaves the process group after half a minute, and they wait for the group's timeout, or until
-          this process ends.
-        - A rank that dies leaves the others waiting in the next collective until the process group's timeout.
+          on none. Those who wait for this rank's part of a weight, in the middle of a sharded model's forward, can't be
+          given an exception: after half a minute their processes end with a line that names it.
+        - A step that waits longer than ``hang_timeout`` for a rank ends the processes that wait, likewise.
         - A model that was wrapped, cast, loaded by assignment or (un)frozen since the last step is looked at again.
           Under a trajectory its tuned weights must keep names, shapes, dtypes and groups, else a TrajectoryError says
           which does not; under rounding "master" their shards too, else a ShardingError.
@@ -191,7 +186,8 @@ class MeZO(torch.optim.Optimizer):
           between: to accumulate, call `measure` on the optimizer itself.
         """
         if closure is not None or batch is not None or objective is not None:
-            self._measure_or_tell(closure, batch, objective, micro_batch)
+            with self._heartbeat.inside(self.step_count):
+                self._measure_or_tell(closure, batch, objective, micro_batch)
         if self._measured is None:
             if any(float(group["lr"]) for group in self.param_groups):  # torch.distributed.checkpoint sets them to 0
                 warnings.warn(
@@ -202,7 +198,8 @@ class MeZO(torch.optim.Optimizer):
         if not self._writer.layout.is_current():
             raise ModelError("the model was wrapped, cast or loaded between measuring and writing: measure again")
         read = self._estimator.view.read
-        record = measured.record(self.step_count, self.param_groups, self.last_record, self._reads, read)
+        with self._heartbeat.inside(self.step_count):
+            record = measured.record(self.step_count, self.param_groups, self.last_record, self._reads, read)
         self._reads.say()
         self._estimator.company.finish()
         if self._trajectory is not None:
@@ -311,6 +308,31 @@ class MeZO(torch.optim.Optimizer):
         groups.fill_(self.param_groups, view.layout, numbers)
         self._publish()
 
+    def _measure(
+        self,
+        closure: Callable[[], Any] | None,
+        batch: Batch | None,
+        objective: Objective | None,
+        micro_batch: int | None,
+    ) -> float:
+        if not (
+            (closure is not None and batch is None and objective is None)
+            or (closure is None and batch is not None and objective is not None)
+        ):
+            raise ValueError("step and measure take either a closure, or both batch and objective")
+        self._follow()
+        branches = self._branches() if self._measured is None else self._measured.branches
+        with self._estimator.company.counted(), evaluating(self.model):
+            if closure is not None:
+                with torch.no_grad():
+                    sums = self._estimator.of_closure(closure, branches)
+            else:
+                assert batch is not None
+                assert objective is not None
+                sums = self._estimator.of_batch(batch, objective, branches, micro_batch)
+        self._measured = Measured(branches, sums) if self._measured is None else self._measured + sums
+        return sum(sums.sums) / (len(branches) * sums.count)
+
     def _measure_or_tell(
         self,
         closure: Callable[[], Any] | None,
@@ -320,14 +342,15 @@ class MeZO(torch.optim.Optimizer):
     ) -> None:
         """`measure`; if it fails here, the other ranks are told before the error is raised."""
         try:
-            self.measure(closure, batch=batch, objective=objective, micro_batch=micro_batch)
-        except Exception:
+            self._measure(closure, batch, objective, micro_batch)
+        except Exception as error:
             self._measured = None
             patience_s = PATIENCE_S if self._estimator.view.gathers else None
             with suppress(Exception):  # it is the first error that counts
                 self._estimator.keep_company(self._branches())
             self._estimator.company.finish()
-            fail(self.step_count, self.last_record, 2 * self.num_directions, patience_s=patience_s)
+            if not fail(self.step_count, self.last_record, 2 * self.num_directions, patience_s=patience_s):
+                self._heartbeat.give_up(self.step_count, error)
             raise
 
     def _branches(self) -> list[Branch]:
