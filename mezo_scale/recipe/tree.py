@@ -130,6 +130,12 @@ class TrainSection(Section):
         ge=1,
         description="Steps in a row that may be skipped because a loss is not finite; after that many the run stops.",
     )
+    hang_timeout: Real = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a step of several ranks may take, or ten times the slowest before it if that is "
+        "more; then its ranks name the one that did not come, and end.",
+    )
 
 
 class ShardingSection(Section):
@@ -210,7 +216,7 @@ def differences(recorded: Recipe, asked: Recipe) -> list[str]:
     Free are where the weights lie, what is written, how often is reported, when the run gives up, how the batch is cut
     up, and how many steps there are (a linear schedule then goes on along the line of the new length).
     """
-    names = ("steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped")
+    names = ("steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped", "hang_timeout")
     free = {f"train.{name}" for name in names}
     before, after = recorded.model_dump(), asked.model_dump()
     return [
