@@ -1,7 +1,7 @@
 """The processes of a run: which one this is, what it computes on, and how it enters and leaves their process group.
 
-Launchers say who is who in RANK, LOCAL_RANK and WORLD_SIZE; what one leaves out, `distributed.launcher` fills in. Without
-a launcher the run is one process.
+Launchers say who is who in RANK, LOCAL_RANK and WORLD_SIZE; what one leaves out, `distributed.launcher` fills in.
+Without a launcher the run is one process.
 """
 
 import logging
