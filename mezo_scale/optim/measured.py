@@ -114,7 +114,8 @@ def _exchange(
             f"rank {', '.join(map(str, ranks))} failed while it evaluated step {step}, and says why itself: the step "
             "was taken on no rank"
         )
-    if squares * collectives.world_size() != digests**2:  # equality in Cauchy-Schwarz: all digests are the same
+    # Equality in Cauchy-Schwarz: all digests are the same. In whole numbers, for any number of ranks.
+    if int(squares) * collectives.world_size() != int(digests) ** 2:
         _name_odd_ranks(digest, step - 1)
     return totals, newer > 0
 
@@ -130,5 +131,5 @@ def _name_odd_ranks(digest: int, step: int) -> None:
 
 
 def _digest(record: StepRecord | None) -> int:
-    """16 bits of a record, so that its square is exact in the float64 all-reduce."""
+    """16 bits of a record, so that the sum of their squares is exact in float64, for up to two million ranks."""
     return zlib.crc32(repr(record).encode()) & 0xFFFF

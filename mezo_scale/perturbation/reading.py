@@ -7,14 +7,14 @@ shape or dtype is no read.
 
 A `Reading` has no storage. Code that gets hold of one by a road that is not known here finds nothing to compute with:
 an error, never the plain weight. Parameters that are kept outside of modules' attributes (`nn.LSTM` has them in a list)
-come to operations as they are; `Bypass` sees them there.
+come to operations as they are. While a view learns, `Bypass` sees them there; afterwards each of them is a `Guarded`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -206,3 +206,41 @@ class Bypass(TorchFunctionMode):
 
 def _may_be_plain(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and type(leaf) is not Reading
+
+
+class Guarded(nn.Parameter):
+    """A parameter while a view is open: an operation that is given the parameter itself, by whatever road, is seen.
+
+    Costs nothing as long as there is none.
+    """
+
+    perturbed: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA or func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Guarded, lambda param: param.perturbed(param), (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass() if tree_any(_is_guarded, (args, kwargs)) else nullcontext():
+            return func(*args, **kwargs)
+
+
+def _is_guarded(leaf: Any) -> bool:
+    return type(leaf) is Guarded
+
+
+@contextmanager
+def guarding(params: Iterable[Tensor], perturbed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Each of the parameters is a `Guarded` inside. A user's own subclass of Parameter stays what it is."""
+    plain = {id(param): param for param in params if type(param) is nn.Parameter}.values()  # a tied one comes twice
+    for param in plain:
+        param.__class__ = Guarded
+        param.perturbed = perturbed  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for param in plain:
+            param.__class__ = nn.Parameter
+            del param.perturbed  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
 from mezo_scale.perturbation.pairing import PairingError, in_words
 from mezo_scale.perturbation.readers import Readers, Running, caller
-from mezo_scale.perturbation.reading import Bypass, Reading, fetching, is_gathering
+from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_gathering
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
 from mezo_scale.perturbation.weights import Branch, Weights, is_lookup, is_wide, stored
@@ -110,6 +110,8 @@ class View:
             self._opened, self._given, self._watching = stack, set(), False
             stack.enter_context(run_eagerly(self.model))
             stack.enter_context(fetching(self._fetch, of_instances=self._in_instances))
+            if not self.gathers:
+                stack.enter_context(guarding(map(stored, self._readers.sites), self._instead_of))
             self._give_to([*self._owned, *self._readers.by_module, *self._pairing.units])
             if len(branches) > 1:
                 self._watch_entries(stack)

@@ -67,10 +67,11 @@ def _opened(path: Path) -> BinaryIO:
 
 def _lines(file: BinaryIO, name: str) -> Iterator[str]:
     # utf-8-sig drops the mark that some programs begin a file with.
-    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), 1):
-        if "\0" in line:
-            raise RecipeError(f"task.data: line {number} of {name} has a NUL, expected text in UTF-8: save it so")
-        yield line
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        for number, line in enumerate(text, 1):
+            if "\0" in line:
+                raise RecipeError(f"task.data: line {number} of {name} has a NUL, expected text in UTF-8: save it so")
+            yield line
 
 
 def _delimited(file: BinaryIO, name: str, delimiter: str, called: str) -> Iterator[Row]:

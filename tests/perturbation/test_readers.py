@@ -277,6 +277,46 @@ def test_with_one_branch_a_read_that_was_not_there_at_first_is_perturbed() -> No
     assert "later.weight" in view.read
 
 
+class KeepsAList(nn.Module):
+    """Has a weight in a plain list, where no look-up of a module's attribute sees it, and reads it from a later call
+    on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.later = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.kept = [self.later.weight]
+        self.late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.always(x) @ self.kept[0].data.t() if self.late else self.always(x)
+
+
+def test_a_weight_in_a_list_that_is_read_from_a_later_call_on_is_perturbed() -> None:
+    model, x = make(KeepsAList)
+    view = ms.View(model)
+    with view.branches(BRANCHES[:1]):
+        model(x)
+    model.late = True
+    for _ in range(2):
+        with view.branches(BRANCHES[:1]):
+            found = model(x)
+        with torch.no_grad():
+            assert torch.allclose(found, moved(model, *BRANCHES[0])(x), rtol=1e-5, atol=1e-6)
+    assert "later.weight" in view.read
+    assert type(model.later.weight) is nn.Parameter
+
+
+def test_a_weight_in_a_list_that_a_tall_batch_reads_from_a_later_call_on_is_an_error_that_names_it() -> None:
+    model, x = make(KeepsAList)
+    view = ms.View(model)
+    with view.branches(BRANCHES):
+        model(torch.cat([x, x]))
+    model.late = True
+    with pytest.raises(ViewError, match=r"later\.weight is read by KeepsAList"), view.branches(BRANCHES):
+        model(torch.cat([x, x]))
+    assert type(model.later.weight) is nn.Parameter
+
+
 def test_modules_find_their_own_weights_again_when_the_view_is_closed() -> None:
     model, x = make(ParentReads)
     plain = nn.Module.__getattr__
