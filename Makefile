@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-launch check format bench bench-kernels sweep clean
+.PHONY: help install demo test test-launch check format bench bench-kernels sweep docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +60,14 @@ bench-kernels: install  ## time the noise kernels against torch on this machine,
 sweep: install  ## every model family and PEFT method, perturbed, against copies that were really moved; an hour
 	$(BIN)/python -m tools.model_sweep
 	$(BIN)/python -m tools.model_sweep --report
+
+docs: $(DOCS)  ## build the documentation into build/site; a broken link or a page in no menu is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS): $(STAMP)
+	@echo "Installing what builds the documentation"
+	@$(PIP) -e '.[docs]'
+	@touch $(DOCS)
 
 clean:  ## remove .venv, the demo's files and every cache
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

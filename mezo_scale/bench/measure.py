@@ -28,7 +28,7 @@ from mezo_scale.bench.cell import Cell
 from mezo_scale.bench.counting import Traffic, summed
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import PeakMemory, keep_freed_memory
-from mezo_scale.distributed.world import World, joined
+from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.models.checkpoints import silence_transformers
 from mezo_scale.models.shapes import config_of
@@ -248,8 +248,8 @@ def main(request: Path, outcome: Path) -> None:
     asked = json.loads(request.read_text(encoding="utf-8"))
     cell = Cell(**asked["cell"])
     try:
-        with joined(always_group=Strategy(cell.strategy).needs_group) as world:
-            with world.together():
+        with process_group(always_group=Strategy(cell.strategy).needs_group) as world:
+            with world.raise_on_all():
                 models.check(_recipe(cell), world)
             answer: dict[str, Any] = {"figures": measure(cell, asked["rounds"], world)}
     except Exception as error:

@@ -61,7 +61,7 @@ def run(
                 f"{', '.join(map(str, sizes))}: start that many, or give --world-size {launcher.world_size}"
             )
         mine = [cell for cell in mine if cell.world_size == launcher.world_size]
-        store = preflight.meet(launcher)
+        store = preflight.rendezvous(launcher)
         # Rank 0's folder decides: the others may not see it.
         mine = [Cell(**cell) for cell in _agreed(store, launcher, [cell.as_dict() for cell in mine])]
     if len(mine) < len(cells):

@@ -11,7 +11,7 @@ from mezo_scale.cli.arguments import Overrides, Processes, Source, Until, is_fir
 
 
 class Split(StrEnum):
-    """A part of a task's data."""
+    """A split of a task's data."""
 
     train = "train"
     dev = "dev"
@@ -22,11 +22,11 @@ class Split(StrEnum):
 def evaluate(
     recipe: Source,
     overrides: Overrides = None,
-    split: Annotated[Split, typer.Option(help="Which part of the data.")] = Split.test,
+    split: Annotated[Split, typer.Option(help="Which split is evaluated.")] = Split.test,
     until: Until = None,
     processes: Processes = None,
 ) -> None:
-    """Accuracy of a recipe's model, or of a run's after its last step (or --until another)."""
+    """Measure the accuracy of a recipe's model, or of a run's after its last step (or --until another)."""
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
     from mezo_scale.models.checkpoints import silence_transformers

@@ -38,7 +38,7 @@ def plan(
         bool, typer.Option("--dry-run", help="Take each step that fits on tensors without memory, and compare.")
     ] = False,
 ) -> None:
-    """What fits on which devices, and how: memory, traffic and time of every strategy, before a machine is booked."""
+    """Say what fits on which devices, and how: the memory, traffic and time of every strategy, before you book."""
     from mezo_scale.planner import Cluster, Rates, Report, Workload
 
     per_node = min(gpus, 8) if gpus_per_node is None else gpus_per_node

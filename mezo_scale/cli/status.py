@@ -13,7 +13,7 @@ from mezo_scale.cli.arguments import console
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, or of an array of them.")],
 ) -> None:
-    """How a run is getting on: its state, steps, rate, time left and last losses."""
+    """Show how a run is getting on: its state, steps, rate, time left and last losses."""
     from mezo_scale.slurm.status import status as ask
     from mezo_scale.slurm.status import table
 

@@ -1,1 +1,1 @@
-"""The processes of a run: who started them, who they are, and how they begin and stop together."""
+"""The processes of a run: who started them, who they are, how they find each other, and how they stop."""

@@ -31,7 +31,7 @@ class Launcher:
     Attributes:
         name: the launcher's command; "none" for a process alone.
         world_size, rank, local_rank, local_world_size: torch.distributed's.
-        rendezvous: "host:port" where the processes meet; None for a process alone.
+        rendezvous: its "host:port"; None for a process alone.
         job: SLURM's job id, wherever a job is around, and how often it was requeued.
     """
 
@@ -49,10 +49,10 @@ class Launcher:
         nodes = -(-self.world_size // self.local_world_size)
         where = f" on {nodes} nodes" if nodes > 1 else ""
         how = "started alone" if self.name == "none" else f"started by {self.name}"
-        meeting = f", rendezvous at {self.rendezvous}" if self.rendezvous else ""
+        rendezvous = f", rendezvous at {self.rendezvous}" if self.rendezvous else ""
         times = f" (requeued {self.restarts}x)" if self.restarts else ""
         job = f", SLURM job {self.job}{times}" if self.job else ""
-        return f"{how}: {processes}{where}{meeting}{job}"
+        return f"{how}: {processes}{where}{rendezvous}{job}"
 
 
 def detect(environ: Mapping[str, str]) -> Launcher:

@@ -1,6 +1,6 @@
 """Preflight: before anything is loaded, every rank says where it is and what it has; what can't work stops here.
 
-All of it goes through the store where the processes meet, which needs no more than that they reach one address. So a
+All of it goes through the rendezvous' store, which needs no more than that they reach one address. So a
 run whose processes can't work together ends within `JOIN_TIMEOUT_S` (300, or what the environment says), with the host
 named, instead of in a collective that waits for an hour.
 """
@@ -22,7 +22,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from torch.distributed.rendezvous import rendezvous
 
 from mezo_scale import noise
 from mezo_scale.distributed.launcher import Launcher
@@ -34,7 +33,7 @@ _SEEN_WITHIN_S = 15  # what one node writes to a network file system, others may
 
 
 @dataclass(frozen=True)
-class Present:
+class RankInfo:
     """What one rank says of itself.
 
     Attributes:
@@ -63,7 +62,7 @@ def timeout_s() -> int:
     return int(text)
 
 
-def meet(launcher: Launcher) -> dist.Store:
+def rendezvous(launcher: Launcher) -> dist.Store:
     """The store that all ranks of the launch share.
 
     Raises:
@@ -71,7 +70,7 @@ def meet(launcher: Launcher) -> dist.Store:
     """
     host, seconds = socket.gethostname(), timeout_s()
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise LaunchError(
@@ -85,8 +84,8 @@ def meet(launcher: Launcher) -> dist.Store:
     return dist.PrefixStore("mezo-scale", store)
 
 
-def call(store: dist.Store, launcher: Launcher, device: torch.device) -> list[Present]:
-    """Every rank's `Present`, in rank order; each rank calls it.
+def exchange(store: dist.Store, launcher: Launcher, device: torch.device) -> list[RankInfo]:
+    """What every rank says of itself, in rank order; each rank calls it.
 
     Raises:
         SharedError: ranks that did not come, versions that differ between hosts, two ranks on one device.
@@ -94,11 +93,11 @@ def call(store: dist.Store, launcher: Launcher, device: torch.device) -> list[Pr
     """
     rank, size = launcher.rank, launcher.world_size
     try:
-        store.set(f"present/{rank}", json.dumps(asdict(present(launcher, device))))
-        everyone = [Present(**json.loads(text)) for text in _collect(store, "present", rank, size)]
+        store.set(f"ranks/{rank}", json.dumps(asdict(own_info(launcher, device))))
+        everyone = [RankInfo(**json.loads(text)) for text in _collect(store, "ranks", rank, size)]
         problem = _differing_versions(everyone) or _shared_device(everyone)
         if problem:
-            _raise_together(store, rank, size, problem)
+            _raise_on_all(store, rank, size, problem)
     except dist.DistError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LaunchError(
@@ -108,7 +107,7 @@ def call(store: dist.Store, launcher: Launcher, device: torch.device) -> list[Pr
     return _reachable(everyone, rank)
 
 
-def check_shared(folder: Path, store: dist.Store, everyone: Sequence[Present], rank: int) -> None:
+def check_shared(folder: Path, store: dist.Store, everyone: Sequence[RankInfo], rank: int) -> None:
     """Whether all hosts see one and the same `folder`, which need not exist yet. Leaves nothing behind.
 
     Raises:
@@ -129,7 +128,7 @@ def check_shared(folder: Path, store: dist.Store, everyone: Sequence[Present], r
     try:
         name = store.get("shared/mark").decode()
         if not name:
-            _raise_together(store, rank, len(everyone), store.get("shared/problem").decode())
+            _raise_on_all(store, rank, len(everyone), store.get("shared/problem").decode())
         store.set(f"shared/{rank}", "seen" if _appears(Path(name)) else "")
         seen = _collect(store, "shared", rank, len(everyone))
         blind = dict.fromkeys(one.host for one, text in zip(everyone, seen, strict=True) if not text)
@@ -138,13 +137,13 @@ def check_shared(folder: Path, store: dist.Store, everyone: Sequence[Present], r
                 f"output.dir: {folder} is not shared: what {everyone[0].host} writes there, {', '.join(blind)} can't "
                 "see; give a folder on a file system that all nodes mount"
             )
-            _raise_together(store, rank, len(everyone), problem)
+            _raise_on_all(store, rank, len(everyone), problem)
     finally:
         if rank == 0:
             mark.unlink(missing_ok=True)
 
 
-def table(everyone: Sequence[Present]) -> Table:
+def table(everyone: Sequence[RankInfo]) -> Table:
     """One row per host."""
     shown = Table(title="ranks", title_justify="left", title_style="bold")
     for name in ("host", "ranks", "devices", "memory each", "address"):
@@ -157,8 +156,8 @@ def table(everyone: Sequence[Present]) -> Table:
     return shown
 
 
-def present(launcher: Launcher, device: torch.device) -> Present:
-    """This rank's own entry."""
+def own_info(launcher: Launcher, device: torch.device) -> RankInfo:
+    """What this rank says of itself."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, identity, memory = properties.name, str(properties.uuid), properties.total_memory
@@ -171,7 +170,7 @@ def present(launcher: Launcher, device: torch.device) -> Present:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "none"
     address = own_address((launcher.rendezvous or "localhost:0").rpartition(":")[0])
-    return Present(socket.gethostname(), launcher.rank, name, identity, memory / 2**30, address, versions)
+    return RankInfo(socket.gethostname(), launcher.rank, name, identity, memory / 2**30, address, versions)
 
 
 def own_address(towards: str) -> str:
@@ -198,12 +197,12 @@ def _collect(store: dist.Store, kind: str, rank: int, world_size: int) -> list[s
                 f"rank {_ranges(absent)} of {world_size} did not come within {seconds} s, rank {_ranges(came)} did: "
                 "look at the output of the missing ones, or raise JOIN_TIMEOUT_S"
             )
-            _raise_together(store, rank, len(came), problem)
+            _raise_on_all(store, rank, len(came), problem)
         time.sleep(0.05)
     return [store.get(key).decode() for key in keys]
 
 
-def _raise_together(store: dist.Store, rank: int, count: int, problem: str) -> NoReturn:
+def _raise_on_all(store: dist.Store, rank: int, count: int, problem: str) -> NoReturn:
     """Rank 0 may be the one that holds the store: it leaves last of `count`, or after a while."""
     told, deadline = store.add("told", 1), time.monotonic() + _LINGER_S
     while rank == 0 and told < count and time.monotonic() < deadline:
@@ -212,7 +211,7 @@ def _raise_together(store: dist.Store, rank: int, count: int, problem: str) -> N
     raise SharedError(problem)
 
 
-def _reachable(everyone: list[Present], rank: int) -> list[Present]:
+def _reachable(everyone: list[RankInfo], rank: int) -> list[RankInfo]:
     """Sees to it that other hosts get an address of this one that they can reach.
 
     Debian's hosts file maps a machine's own name to a loopback address, which gloo would offer to everyone.
@@ -239,7 +238,7 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _differing_versions(everyone: Sequence[Present]) -> str:
+def _differing_versions(everyone: Sequence[RankInfo]) -> str:
     first = everyone[0]
     for package, version in first.versions.items():
         for other in everyone:
@@ -251,8 +250,8 @@ def _differing_versions(everyone: Sequence[Present]) -> str:
     return ""
 
 
-def _shared_device(everyone: Sequence[Present]) -> str:
-    holders: dict[tuple[str, str], Present] = {}
+def _shared_device(everyone: Sequence[RankInfo]) -> str:
+    holders: dict[tuple[str, str], RankInfo] = {}
     for one in everyone:
         other = holders.setdefault((one.host, one.identity), one)
         if one.identity and other is not one:

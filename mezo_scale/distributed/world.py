@@ -1,7 +1,7 @@
-"""The processes of a run: which one this is, what it computes on, and how it joins and leaves the others.
+"""The processes of a run: which one this is, what it computes on, and how it enters and leaves their process group.
 
-Launchers say who is who in RANK, LOCAL_RANK and WORLD_SIZE, if need be with help (`mezo_scale.launcher`); without them
-the run is one process.
+Launchers say who is who in RANK, LOCAL_RANK and WORLD_SIZE; what one leaves out, `distributed.launcher` fills in.
+Without a launcher the run is one process.
 """
 
 import logging
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from mezo_scale.distributed import preflight
 from mezo_scale.distributed.launcher import Launcher, adopt
-from mezo_scale.distributed.preflight import Present
+from mezo_scale.distributed.preflight import RankInfo
 from mezo_scale.errors import MezoError, ShardingError, SharedError
 
 # Sharded loading of a large model and a replay on a slow disk keep ranks waiting for each other.
@@ -36,8 +36,8 @@ class World:
         local_size: the number of processes on this machine.
         size: the number of processes of the run.
         device: what this process computes on.
-        store: where the processes met; None for a process alone.
-        present: what each rank said of itself at the start; empty for a process alone.
+        store: the rendezvous' own; None for a process alone.
+        ranks: what each rank said of itself at the start; empty for a process alone.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class World:
     size: int
     device: torch.device
     store: dist.Store | None = None
-    present: tuple[Present, ...] = ()
+    ranks: tuple[RankInfo, ...] = ()
 
     @classmethod
     def from_environment(cls) -> "World":
@@ -68,7 +68,7 @@ class World:
         return max(1, self.size // self.local_size)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         """A MezoError that any rank meets inside is raised by all of them, so that none waits for one that is gone.
 
         For work without collectives. The message is that of the lowest rank that has one.
@@ -93,19 +93,19 @@ class World:
         dist.all_gather(list(everyone.unbind()), mine)
         texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in everyone.cpu()]
         first = next((text for text in texts if text), "")
-        bad = dict.fromkeys(one.host for one, text in zip(self.present, texts, strict=False) if text)
-        fine = {one.host for one in self.present} - set(bad)
+        bad = dict.fromkeys(one.host for one, text in zip(self.ranks, texts, strict=False) if text)
+        fine = {one.host for one in self.ranks} - set(bad)
         return f"on {', '.join(bad)}, but not on {min(fine)}: {first}" if bad and fine else first
 
     def check_shared(self, folder: Path) -> None:
         """Raises SharedError unless all hosts see the same `folder`; it need not exist yet. Every rank calls it."""
         if self.store is not None:
-            preflight.check_shared(folder, self.store, self.present, self.rank)
+            preflight.check_shared(folder, self.store, self.ranks, self.rank)
 
 
 @contextmanager
-def joined(*, always_group: bool) -> Iterator[World]:
-    """Joins the run's processes and leaves them at the end, whatever happened in between.
+def process_group(*, always_group: bool) -> Iterator[World]:
+    """The run's process group, made here and destroyed at the end, whatever happened in between.
 
     `always_group` makes a process group even for a process alone, for the layouts that are made of one.
     """
@@ -118,7 +118,7 @@ def joined(*, always_group: bool) -> Iterator[World]:
         yield world
         return
     if world.size > 1:
-        world = _meet(world, launcher)
+        world = _rendezvous(world, launcher)
     dist.init_process_group(
         # gloo beside nccl moves what is offloaded to host memory.
         backend="cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
@@ -134,11 +134,11 @@ def joined(*, always_group: bool) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _meet(world: World, launcher: Launcher) -> World:
+def _rendezvous(world: World, launcher: Launcher) -> World:
     """The world with all ranks in it. Raises LaunchError or SharedError."""
-    store = preflight.meet(launcher)
-    present = preflight.call(store, launcher, world.device)
-    return replace(world, store=store, present=tuple(present))
+    store = preflight.rendezvous(launcher)
+    ranks = preflight.exchange(store, launcher, world.device)
+    return replace(world, store=store, ranks=tuple(ranks))
 
 
 def _quieten(world: World) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mezo_scale import collectives, models
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import keep_memory_steady
-from mezo_scale.distributed.world import joined
+from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import NotFiniteError
 from mezo_scale.models import Loaded
 from mezo_scale.optim.replay import replay
@@ -123,8 +123,8 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Eval
     """The accuracy of a recipe's model; of a run's, after the steps in its directory. Returns it and those steps."""
     run = RunDirectory(recipe.directory)
     keep_memory_steady()
-    with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
-        with world.together():
+    with process_group(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
+        with world.raise_on_all():
             models.check(recipe, world)
             splits = EncodedSplits.read(recipe)
         splits.check_same(world)

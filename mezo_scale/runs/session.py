@@ -20,7 +20,7 @@ from mezo_scale.distributed import preflight
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import give_back, keep_memory_steady
 from mezo_scale.distributed.signals import Interrupted, watch
-from mezo_scale.distributed.world import World, joined
+from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import checkpoints
 from mezo_scale.optim.mezo import MeZO
@@ -52,9 +52,9 @@ def train(recipe: Recipe) -> None:
         MezoError: for whatever the user can mend.
     """
     keep_memory_steady()
-    with joined(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
+    with process_group(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
         run = RunDirectory(recipe.directory)
-        with world.together():
+        with world.raise_on_all():
             models.check(recipe, world)
             if recipe.optimizer.rounding == "master" and recipe.model.dtype == "float16":
                 raise RecipeError(
@@ -85,8 +85,8 @@ class Trainer:
         self.recipe, self.world, self.run, self.splits = recipe, world, run, splits
         self.screen = Screen(world)
         self.memory = PhaseMemory(world.device)
-        if world.present:
-            self.screen.show(preflight.table(world.present))
+        if world.ranks:
+            self.screen.show(preflight.table(world.ranks))
         self.loaded = models.load(recipe, world)
         check_padding(self.loaded, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))

@@ -59,7 +59,7 @@ class EncodedSplits:
 
 
 def _name(rank: int, world: World) -> str:
-    return f"rank {rank}" + (f" on {world.present[rank].host}" if world.present else "")
+    return f"rank {rank}" + (f" on {world.ranks[rank].host}" if world.ranks else "")
 
 
 def _check_positions(recipe: Recipe) -> None:

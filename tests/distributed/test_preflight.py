@@ -13,11 +13,11 @@ from rich.console import Console
 
 from mezo_scale.distributed import preflight
 from mezo_scale.distributed.launcher import Launcher
-from mezo_scale.distributed.preflight import Present
+from mezo_scale.distributed.preflight import RankInfo
 from mezo_scale.errors import LaunchError, SharedError
 
 CPU = torch.device("cpu")
-ONE = Present("node1", 0, "H200", "GPU-0", 140.0, "10.0.0.1", {"torch": "2.13.0"})
+ONE = RankInfo("node1", 0, "H200", "GPU-0", 140.0, "10.0.0.1", {"torch": "2.13.0"})
 TWO = replace(ONE, rank=1, identity="GPU-1")
 THREE = replace(ONE, host="node2", rank=2, address="10.0.0.2")
 
@@ -44,7 +44,7 @@ def test_every_rank_hears_of_every_other() -> None:
     store = dist.HashStore()
 
     def call(rank: int) -> object:
-        return preflight.call(store, Launcher("torchrun", 3, rank, rank, 3, "localhost:1"), CPU)
+        return preflight.exchange(store, Launcher("torchrun", 3, rank, rank, 3, "localhost:1"), CPU)
 
     first, *others = on_ranks(3, call)
     assert [one.rank for one in first] == [0, 1, 2]
@@ -58,7 +58,7 @@ def test_a_rank_that_does_not_come_is_named_in_time(monkeypatch: pytest.MonkeyPa
     store, began = dist.HashStore(), time.monotonic()
 
     def call(rank: int) -> object:
-        return preflight.call(store, Launcher("srun", 4, rank, rank, 4, "localhost:1"), CPU)
+        return preflight.exchange(store, Launcher("srun", 4, rank, rank, 4, "localhost:1"), CPU)
 
     found = on_ranks(2, call)
     assert {str(error) for error in found} == {

@@ -144,7 +144,7 @@ def test_an_evaluation_counts_every_example_once_on_any_number_of_ranks(ranks: R
 
 def refusals(on_rank: int) -> str:
     try:
-        with world().together():
+        with world().raise_on_all():
             if dist.get_rank() == on_rank:
                 raise RecipeError("there is no file here")
     except SharedError as error:

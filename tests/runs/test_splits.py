@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from mezo_scale.distributed.preflight import Present
+from mezo_scale.distributed.preflight import RankInfo
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, SharedError
 from mezo_scale.recipe import Recipe
@@ -50,8 +50,8 @@ def test_a_digest_never_changes() -> None:
 def compared(lacking: list[int], hosts: list[str]) -> str | None:
     """What a rank hears if those in `lacking` have one example less."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    present = tuple(Present(host, n, "cpu", "", 0.0, "", {}) for n, host in enumerate(hosts))
-    world = World(rank, rank, size, size, torch.device("cpu"), present=present)
+    infos = tuple(RankInfo(host, n, "cpu", "", 0.0, "", {}) for n, host in enumerate(hosts))
+    world = World(rank, rank, size, size, torch.device("cpu"), ranks=infos)
     splits = replace(SPLITS, train=EXAMPLES[: 1 if rank in lacking else 2])
     try:
         splits.check_same(world)
