@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mezo_scale.noise import spec
+from mezo_scale.noise.kind import Noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STREAMS = {"normal": spec.NORMAL, "rademacher": spec.RADEMACHER}
 LAST = (1 << 63) - 1
 
 
@@ -28,10 +28,10 @@ def span(start: int, count: int) -> None:
         raise ValueError(f"start is {start} and count is {count}, expected a part of 0 .. 2**63 - 1")
 
 
-def stream(distribution: str) -> int:
-    if distribution not in STREAMS:
-        raise ValueError(f"distribution is {distribution!r}, expected one of {', '.join(STREAMS)}")
-    return STREAMS[distribution]
+def stream(noise: Noise) -> int:
+    if not isinstance(noise, Noise):
+        raise ValueError(f"noise is {noise!r}, expected a Noise: Noise('normal') or Noise('rademacher')")
+    return noise.stream
 
 
 def storage(argument: str, tensor: Tensor) -> None:

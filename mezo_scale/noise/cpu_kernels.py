@@ -1,44 +1,27 @@
 """The CPU's sweeps, compiled by Numba: every array is passed as raw 16-bit words, so each sweep compiles once.
 
 Work goes tile by tile through small buffers that stay in the first-level cache, in loops over rows of 128 lanes:
-that is the form LLVM turns into full-width vector code. Everything is in this one file because Numba's cache looks
-only at the file of the function it keeps.
+that is the form LLVM turns into full-width vector code. All that is compiled is in this one file because Numba's cache
+looks only at the file of the function it keeps; names of types and the compiler's options are in `cpu_jit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 from llvmlite import binding, ir
 from numba.extending import intrinsic
 
 from mezo_scale.noise import spec
-
-P = ParamSpec("P")
-R = TypeVar("R")
-F32 = npt.NDArray[np.float32]
-I16 = npt.NDArray[np.int16]
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-U16 = npt.NDArray[np.uint16]
-U32 = npt.NDArray[np.uint32]
-U64 = npt.NDArray[np.uint64]
+from mezo_scale.noise.cpu_jit import F32, I16, I64, U16, U32, U64, f32, i16, i32, inner, sweep, u16, u32, u64
 
 FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)  # kinds of storage; MASTER is bfloat16 and a remainder
 
 NORMAL, ROUNDING, RADEMACHER = spec.NORMAL, spec.ROUNDING, spec.RADEMACHER
 TILE, LANES = spec.TILE, spec.LANES
-
-f32: TypeAlias = np.float32
-i16: TypeAlias = np.int16
-i32: TypeAlias = np.int32
-u16: TypeAlias = np.uint16
-u32: TypeAlias = np.uint32
-u64: TypeAlias = np.uint64
 M0, M1 = map(u64, spec.MULTIPLIERS)
 W0, W1 = map(u64, spec.WEYL)
 LOW, HIGH = u64(spec.M32), u64(32)
@@ -53,20 +36,7 @@ HALF, ONE, P24, P32, PER_P24, P16 = f32(0.5), f32(1), f32(2.0**-24), f32(2.0**-3
 HALF_IN_HARDWARE = bool(binding.get_host_cpu_features().get("f16c", False))
 
 
-def _inner(function: Callable[P, R]) -> Callable[P, R]:
-    compiled: Callable[P, R] = numba.njit(nogil=True)(function)
-    return compiled
-
-
-def _sweep(function: Callable[P, R]) -> Callable[P, R]:
-    try:
-        compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the installation nor the user's cache folder can be written
-        return _inner(function)
-    return compiled
-
-
-@_inner
+@inner
 def _philox(words: U32, begin: int, end: int, low: u64, c1: u64, p0: u64, p1: u64, k0: u64, k1: u64) -> None:
     """Columns begin .. end - 1 of words [4, 128]: the blocks numbered from (low, c1) + begin."""
     w0, w1, w2, w3 = words[0, begin:end], words[1, begin:end], words[2, begin:end], words[3, begin:end]
@@ -80,7 +50,7 @@ def _philox(words: U32, begin: int, end: int, low: u64, c1: u64, p0: u64, p1: u6
         w0[i], w1[i], w2[i], w3[i] = u32(a0), u32(a1), u32(a2), u32(a3)
 
 
-@_inner
+@inner
 def _box_muller(x: U32, even: F32, odd: F32) -> None:
     """Two normals from each word, by the specification's steps less those that only move a power of two or a sign.
 
@@ -103,7 +73,7 @@ def _box_muller(x: U32, even: F32, odd: F32) -> None:
         odd[i] = radius * (c if odd_quarter else s)
 
 
-@_inner
+@inner
 def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, begin: int, end: int) -> None:
     """Elements begin .. end - 1, and perhaps others, of z [1024] for one tile. Rounding bits come as int32 in z."""
     first, last = begin >> 7, (end - 1) >> 7  # lanes; for signs, blocks
@@ -150,7 +120,7 @@ _from_half_in_hardware: Callable[[u16], f32] = intrinsic(_extend)
 _to_half_in_hardware: Callable[[f32], u16] = intrinsic(_truncate)
 
 
-@_inner
+@inner
 def _from_half(half: u16) -> f32:
     """The value of a float16's bits."""
     if HALF_IN_HARDWARE:
@@ -158,7 +128,7 @@ def _from_half(half: u16) -> f32:
     return from_half(half)
 
 
-@_inner
+@inner
 def _to_half(x: f32) -> u16:
     """The bits of the nearest float16, ties to even."""
     if HALF_IN_HARDWARE:
@@ -166,7 +136,7 @@ def _to_half(x: f32) -> u16:
     return to_half(x)
 
 
-@_inner
+@inner
 def from_half(half: u16) -> f32:
     """`_from_half` for processors that don't know float16."""
     h = i32(half)
@@ -177,7 +147,7 @@ def from_half(half: u16) -> f32:
     return i32(bits | i32(i32(h & i32(0x8000)) << i32(16))).view(f32)
 
 
-@_inner
+@inner
 def to_half(x: f32) -> u16:
     """`_to_half` for processors that don't know float16."""
     bits = f32(x).view(i32)
@@ -189,7 +159,7 @@ def to_half(x: f32) -> u16:
     return u16(h | i32(i32(bits >> i32(16)) & i32(0x8000)))
 
 
-@_inner
+@inner
 def _to_bfloat(x: f32) -> u16:
     """The bits of the nearest bfloat16, ties to even."""
     bits = f32(x).view(i32)
@@ -198,7 +168,7 @@ def _to_bfloat(x: f32) -> u16:
     return u16(i32((bits | i32(0x400000)) if nan else nearest) >> i32(16))
 
 
-@_inner
+@inner
 def _load(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
     """theta from a 16-bit storage."""
     n = len(theta)
@@ -215,7 +185,7 @@ def _load(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
             theta[i] = _from_half(half[i])
 
 
-@_inner
+@inner
 def _store(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
     """theta, rounded, into a 16-bit storage."""
     n = len(theta)
@@ -233,7 +203,7 @@ def _store(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
             half[i] = _to_half(theta[i])
 
 
-@_inner
+@inner
 def _round_stochastic(theta: F32, random: F32, kind: int) -> None:
     """theta, in place, to a value of its storage, up with the probability of the part lost; random: 16 bits as int32.
 
@@ -254,14 +224,14 @@ def _round_stochastic(theta: F32, random: F32, kind: int) -> None:
         bits[i] = b if i32(b & i32(0x7F800000)) == i32(0x7F800000) else rounded
 
 
-@_inner
+@inner
 def _segment(start: int, left: int) -> int:
     """How many of `left` elements from `start` are taken at once: never across a tile; a few never across a lane."""
     n = min(left, TILE - (start & (TILE - 1)))
     return min(n, LANES - (start & (LANES - 1))) if n < LANES else n
 
 
-@_inner
+@inner
 def _apply(theta: F32, acc: F32, z: F32, alpha: f32, decay: f32, first: bool, last: bool) -> None:
     """One direction of a step; with the last one, theta itself. A decay of 1 changes nothing."""
     if first and last:
@@ -278,7 +248,7 @@ def _apply(theta: F32, acc: F32, z: F32, alpha: f32, decay: f32, first: bool, la
             acc[i] = acc[i] + alpha * z[i]
 
 
-@_sweep
+@sweep
 def write(
     local: U16,
     remainder: I16,
@@ -323,7 +293,7 @@ def write(
             at, start, left = at + n, start + n, left - n
 
 
-@_sweep
+@sweep
 def view(
     weight: U16,
     kind: int,

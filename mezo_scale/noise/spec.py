@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import cache
 from hashlib import blake2b
 
+VERSION = 1
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10

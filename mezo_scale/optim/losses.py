@@ -163,7 +163,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _widest(view: View) -> torch.dtype:
     """The dtype that decides how closely two ways of computing one loss agree."""
-    dtypes = {shard.local.dtype for shard in view.layout.shards} | ({view.dtype} if view.dtype is not None else set())
+    dtypes = {shard.local.dtype for shard in view.layout.shards} | ({view.weights.dtype} - {None})
     return torch.float32 if dtypes == {torch.float32} else torch.bfloat16
 
 

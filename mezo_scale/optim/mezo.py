@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mezo_scale import collectives, noise
+from mezo_scale import collectives
 from mezo_scale.errors import MezoError, ModelError, ShardingError
+from mezo_scale.noise import Noise, direction_seed
 from mezo_scale.optim import groups
 from mezo_scale.optim.batch import Batch
 from mezo_scale.optim.heartbeat import Heartbeat
@@ -91,7 +92,8 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"num_directions is {num_directions}: expected at least 1")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: expected 0 to 2**64 - 1")
-        view = View(model, dtype=dtype, distribution=distribution)
+        noise = Noise(distribution)
+        view = View(model, dtype=dtype, noise=noise)
         given = params if params is not None else [{"params": groups.listed(view.layout)}]
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
         self.model = model
@@ -107,7 +109,7 @@ class MeZO(torch.optim.Optimizer):
         for group in self.param_groups:
             groups.check_owned(group["params"], view.layout)
         numbers = groups.numbers(self.param_groups, view.layout, {})
-        self._writer = Writer(view.layout, numbers, rounding=rounding, distribution=distribution)
+        self._writer = Writer(view.layout, numbers, rounding=rounding, noise=noise)
         self._reads = Reads([shard.name for shard in view.layout.shards])
         self._trajectory = None if trajectory is None else self._open(trajectory, progress)
         if self.last_record is not None:
@@ -271,7 +273,7 @@ class MeZO(torch.optim.Optimizer):
             "seed": self.seed,
             "eps": self.eps,
             "num_directions": self.num_directions,
-            "distribution": self._writer.distribution,
+            "distribution": self._writer.noise.kind,
             "rounding": self._writer.rounding,
             "unread": list(self._reads.unread),
         }
@@ -294,10 +296,10 @@ class MeZO(torch.optim.Optimizer):
             self._measured = None
             raise ModelError("the model was wrapped, cast or loaded after it was measured: measure again")
         old = self._writer
-        view = View(self.model, dtype=self._dtype, distribution=old.distribution)
+        view = View(self.model, dtype=self._dtype, noise=old.noise)
         check_not_hidden(old.layout, view.layout)
         numbers = groups.numbers(self.param_groups, view.layout, old.groups)
-        writer = Writer(view.layout, numbers, rounding=old.rounding, distribution=old.distribution)
+        writer = Writer(view.layout, numbers, rounding=old.rounding, noise=old.noise)
         if self._trajectory is not None:
             self._trajectory.header.check_manifest(manifest(writer), "the trajectory being written")
         if self.step_count:
@@ -354,7 +356,7 @@ class MeZO(torch.optim.Optimizer):
             raise
 
     def _branches(self) -> list[Branch]:
-        seeds = [noise.direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions)]
+        seeds = [direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions)]
         return [(seed, scale) for seed in seeds for scale in (self.eps, -self.eps)]
 
     def _open(self, path: str | os.PathLike[str], progress: Progress | None) -> Trajectory:

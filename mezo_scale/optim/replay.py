@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from mezo_scale import collectives, noise
+from mezo_scale import collectives
 from mezo_scale.errors import TrajectoryError
+from mezo_scale.noise import VERSION, Noise
 from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import Shard, discover
 from mezo_scale.sharding.fingerprint import frozen_hash, local_hash
@@ -49,7 +50,7 @@ def replay(
     header = trajectory.header
     layout = discover(model)
     groups = {name: group for name, _, _, group, _ in header.manifest}
-    writer = Writer(layout, groups, rounding=header.rounding, distribution=header.distribution)
+    writer = Writer(layout, groups, rounding=header.rounding, noise=Noise(header.distribution))
     header.check_same(
         describe(model, writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory"
     )
@@ -88,12 +89,12 @@ def describe(model: nn.Module, writer: Writer, num_directions: int, num_groups: 
     frozen, complete = frozen_hash(model)
     total, rest, gaps = collectives.sum_integers([local_hash(writer.layout.shards), frozen, int(not complete)])
     return Header(
-        noise_version=noise.VERSION,
+        noise_version=VERSION,
         fingerprint=f"{total % 2**64:016x}",
         manifest=manifest(writer),
         num_directions=num_directions,
         num_groups=num_groups,
-        distribution=writer.distribution,
+        distribution=writer.noise.kind,
         rounding=writer.rounding,
         seed=seed,
         eps=eps,

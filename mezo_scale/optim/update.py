@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mezo_scale import noise
 from mezo_scale.errors import ShardingError
+from mezo_scale.noise import NORMAL, Noise, write_
 from mezo_scale.sharding import Layout, Shard
 from mezo_scale.sharding.state import as_state, copy_, fits
 from mezo_scale.trajectory import StepRecord
@@ -23,7 +23,7 @@ class Writer:
         groups: parameter group of each shard's name; None: all in group 0.
         rounding: "nearest"; "stochastic" (16-bit shards only); or "master": a float32 master for bfloat16 shards, at 16
             bits more per element (float32 shards are their own master).
-        distribution: "normal" or "rademacher".
+        noise: how z is drawn.
 
     Attributes:
         state: per bfloat16 parameter under "master", the low halves of this rank's elements, int16: what a checkpoint
@@ -36,12 +36,10 @@ class Writer:
         groups: dict[str, int] | None = None,
         *,
         rounding: str = "nearest",
-        distribution: str = "normal",
+        noise: Noise = NORMAL,
     ) -> None:
         if rounding not in ("nearest", "stochastic", "master"):
             raise ValueError(f"rounding is {rounding!r}: expected 'nearest', 'stochastic' or 'master'")
-        if distribution not in ("normal", "rademacher"):
-            raise ValueError(f"distribution is {distribution!r}: expected 'normal' or 'rademacher'")
         halves = [shard.name for shard in layout.shards if shard.local.dtype == torch.float16]
         if rounding == "master" and halves:
             raise ValueError(
@@ -50,7 +48,7 @@ class Writer:
         self.layout = layout
         self.groups = groups if groups is not None else {}
         self.rounding = rounding
-        self.distribution = distribution
+        self.noise = noise
         self.remainders: dict[str, Tensor] = {}
         self.state: dict[nn.Parameter, Tensor] = {}
         if rounding == "master":
@@ -124,7 +122,7 @@ class Writer:
         group = self.groups.get(shard.name, 0)
         decays = [record.decays[group] if shard.decayed else 1.0 for record in records]
         with shard.storage() as local:
-            noise.write_(
+            write_(
                 local,
                 shard.runs,
                 shard.param_id,
@@ -135,7 +133,7 @@ class Writer:
                 rounding="stochastic"
                 if self.rounding == "stochastic" and shard.local.dtype != torch.float32
                 else "nearest",
-                distribution=self.distribution,
+                noise=self.noise,
             )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mezo_scale.noise import Noise
 from mezo_scale.perturbation.pairing import PairingError
 from mezo_scale.perturbation.view import View
 from mezo_scale.perturbation.weights import Branch
@@ -38,7 +39,7 @@ def perturbed(
             run inside: ``generate()``, a metric, a custom loop.
         dtype: dtype of the perturbed copies of matrices, for computing in 16 bits from float32 weights under
             ``torch.autocast``; vectors (normalisation, biases) keep theirs. None: the weights' own.
-        distribution: "normal" or "rademacher".
+        distribution: "normal", or "rademacher" for z of +1 and -1.
 
     In a loop, keep a `View` and open ``view.branches(...)``: looking at the model takes two small forwards with several
     branches, and is then done once.
@@ -47,5 +48,5 @@ def perturbed(
         ViewError: a model whose rows can't be divided among several branches.
         ShardingError, ModelError: as for `mezo_scale.shards`.
     """
-    with View(model, dtype=dtype, distribution=distribution).branches(branches):
+    with View(model, dtype=dtype, noise=Noise(distribution)).branches(branches):
         yield

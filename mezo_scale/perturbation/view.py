@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
+from mezo_scale.noise import NORMAL, Noise
 from mezo_scale.perturbation import pairing
 from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
@@ -44,7 +45,7 @@ class View:
     Args:
         model: as for `mezo_scale.shards`.
         dtype: of perturbed matrices; None: the weights' own.
-        distribution: "normal" or "rademacher".
+        noise: how z is drawn.
         scratch: memory to use; None: its own.
     """
 
@@ -53,12 +54,12 @@ class View:
         model: nn.Module,
         *,
         dtype: torch.dtype | None = None,
-        distribution: str = "normal",
+        noise: Noise = NORMAL,
         scratch: Scratch | None = None,
     ) -> None:
         self.model = model
         self.layout: Layout = discover(model)
-        self.weights = Weights(dtype, distribution, scratch if scratch is not None else Scratch())
+        self.weights = Weights(dtype, noise, scratch if scratch is not None else Scratch())
         self.read: set[str] = set()
         self._at = {(site.module, site.attr): site for site in self.layout.sites}
         self._owned: dict[nn.Module, list[Site]] = defaultdict(list)
@@ -80,11 +81,6 @@ class View:
         self._opened = ExitStack()
         self._given: set[nn.Module] = set()
         self._watching = False
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What perturbed matrices are made in; None: as the weights are."""
-        return self.weights.dtype
 
     @property
     def is_pairing(self) -> bool:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mezo_scale import noise
+from mezo_scale.noise import Noise
 from mezo_scale.perturbation import local
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import is_half
@@ -27,13 +28,13 @@ class Weights:
 
     Attributes:
         dtype: of perturbed matrices; None: the weights' own.
-        distribution: "normal" or "rademacher".
+        noise: how z is drawn.
         scratch: memory that is used again from module to module.
     """
 
-    def __init__(self, dtype: torch.dtype | None, distribution: str, scratch: Scratch) -> None:
+    def __init__(self, dtype: torch.dtype | None, noise: Noise, scratch: Scratch) -> None:
         self.dtype = dtype
-        self.distribution = distribution
+        self.noise = noise
         self.scratch = scratch
         self._runs: dict[Site, Runs | None] = {}
 
@@ -58,7 +59,7 @@ class Weights:
                 out = self.scratch.take(shape, dtype, held.device)
             if site not in self._runs:
                 self._runs[site] = local.runs_held(weight)
-            noise.view(held, site.param_id, list(branches), out, runs=self._runs[site], distribution=self.distribution)
+            noise.view(held, site.param_id, list(branches), out, runs=self._runs[site], noise=self.noise)
             return [local.like(part, weight) for part in out]
 
     def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Weights:
             table = stored(site).detach()
             flat = ids.reshape(1, -1).long()
             out = torch.empty(1, flat.shape[1], *table.shape[1:], dtype=self.dtype_of(table), device=table.device)
-            noise.rows(table, site.param_id, [branch], flat, out, distribution=self.distribution)
+            noise.rows(table, site.param_id, [branch], flat, out, noise=self.noise)
             return out.view(*ids.shape, *table.shape[1:])
 
     def dtype_of(self, weight: Tensor) -> torch.dtype:

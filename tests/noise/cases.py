@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mezo_scale.noise import check, reference
+from mezo_scale.noise import Noise, reference
 
 Runs = npt.NDArray[np.int64]
 RAW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -74,7 +74,7 @@ def write_differs(
     results = []
     for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
         local, remainder = values(seed, count, dtype), low.clone() if master else None
-        stream = check.stream(distribution)
+        stream = Noise(distribution).stream
         module.write_(local, runs, 2**63 + seed, seeds, alphas, decays, remainder, stochastic, stream)
         results.append((local, remainder if master else low))
     (expected, expected_low), (local, remainder) = results
@@ -97,7 +97,7 @@ def view_differs(
     results = []
     for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
         out = torch.full((len(branches), count), 5.0, dtype=out_dtype)
-        module.view(weight, runs, 2**40 + seed, branches, out, check.stream(distribution))
+        module.view(weight, runs, 2**40 + seed, branches, out, Noise(distribution).stream)
         results.append(out)
     return differing(*results)
 
@@ -121,7 +121,7 @@ def rows_differ(
     results = []
     for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
         out = torch.full((len(branches), count, *shape[1:]), 5.0, dtype=out_dtype)
-        module.rows(table, seed, branches, ids, out, check.stream(distribution))
+        module.rows(table, seed, branches, ids, out, Noise(distribution).stream)
         results.append(out)
     return differing(*results)
 

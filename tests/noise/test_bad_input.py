@@ -50,7 +50,7 @@ def bfloat16(**changes: Any) -> dict[str, Any]:
         ("remainder", bfloat16(remainder=torch.zeros(12, dtype=torch.int16)[::2])),
         ("remainder", bfloat16(remainder=torch.zeros(6, dtype=torch.int16, device="meta"))),
         ("rounding", {"rounding": "up"}),
-        ("distribution", {"distribution": "uniform"}),
+        ("noise", {"noise": "rademacher"}),
     ],
 )
 def test_a_write_with_a_wrong_argument_names_it_and_writes_nothing(argument: str, changes: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def test_a_write_with_a_wrong_argument_names_it_and_writes_nothing(argument: str
         ("out", {"out": torch.zeros(1, 3, 2).transpose(1, 2)}),
         ("out", {"out": torch.zeros(1, 2, 3, device="meta")}),
         ("runs", {"runs": np.array([[0, 0, 7]])}),
-        ("distribution", {"distribution": "uniform"}),
+        ("noise", {"noise": "rademacher"}),
     ],
 )
 def test_a_view_with_a_wrong_argument_names_it_and_writes_nothing(argument: str, changes: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def test_a_view_with_a_wrong_argument_names_it_and_writes_nothing(argument: str,
         ("ids", {"ids": torch.tensor([[0, 1]], dtype=torch.int32)}),
         ("ids", {"ids": torch.zeros(1, 2, dtype=torch.int64, device="meta")}),
         ("out", {"out": torch.zeros(1, 3, 3)}),
-        ("distribution", {"distribution": "uniform"}),
+        ("noise", {"noise": "rademacher"}),
     ],
 )
 def test_rows_with_a_wrong_argument_name_it_and_write_nothing(argument: str, changes: dict[str, Any]) -> None:
@@ -126,3 +126,8 @@ def test_a_stretch_outside_the_elements_is_refused(start: int, count: int) -> No
 def test_a_direction_outside_its_bits_is_refused(argument: str, numbers: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=rf"^{argument}\b"):
         noise.direction_seed(*numbers)
+
+
+def test_a_noise_of_no_known_kind_is_refused_in_the_word_that_users_have_for_it() -> None:
+    with pytest.raises(ValueError, match="distribution is 'uniform': expected 'normal' or 'rademacher'"):
+        noise.Noise("uniform")

@@ -16,7 +16,7 @@ import torch
 from numba.core import caching
 
 from mezo_scale import noise
-from mezo_scale.noise import cpu, cpu_kernels, reference
+from mezo_scale.noise import api, cpu, cpu_jit, cpu_kernels, reference
 from tests.noise import cases as noise_cases
 from tests.noise.cases import runs_of
 
@@ -138,7 +138,7 @@ def test_where_no_folder_can_be_written_only_the_cache_is_missing(monkeypatch: p
     def successor(number: int) -> int:
         return number + 1
 
-    assert cpu_kernels._sweep(successor)(1) == 2
+    assert cpu_jit.sweep(successor)(1) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,7 +182,7 @@ def test_many_short_runs_take_no_python_loop() -> None:
 
 
 def test_other_devices_use_triton_where_it_serves_them_and_else_the_reference() -> None:
-    modules = {kind: noise._kernels(torch.device(kind)).__name__ for kind in ("cpu", "cuda", "xpu", "mps")}
+    modules = {kind: api._kernels(torch.device(kind)).__name__ for kind in ("cpu", "cuda", "xpu", "mps")}
     assert {kind: name.rpartition(".")[2] for kind, name in modules.items()} == {
         "cpu": "cpu",
         "cuda": "cuda",

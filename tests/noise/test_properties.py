@@ -198,8 +198,8 @@ def test_stochastic_rounding_is_right_on_average(dtype: torch.dtype) -> None:
     step = torch.finfo(dtype).eps / 10  # a tenth of the spacing above 1: rounding to nearest would lose it
     still = local.clone()
     work = (np.array([[0, 0, local.numel()]]), 1, [[4]], [[step]], [1.0])
-    noise.write_(local, *work, rounding="stochastic", distribution="rademacher")
-    noise.write_(still, *work, distribution="rademacher")
+    noise.write_(local, *work, rounding="stochastic", noise=noise.RADEMACHER)
+    noise.write_(still, *work, noise=noise.RADEMACHER)
     z = noise.rademacher(4, 1, 0, local.numel())
     moved = (local.double() - 1) * z
     assert moved.mean().item() == pytest.approx(step, rel=0.02)
