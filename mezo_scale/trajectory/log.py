@@ -79,7 +79,8 @@ class Trajectory(Sequence[StepRecord]):
             trajectory = cls(contents.header, contents.steps)
             if len(trajectory) < at_least:
                 raise TrajectoryError(
-                    f"{path} holds {len(trajectory)} steps, but {at_least} were taken: restore the file from a copy"
+                    f"{path} holds {len(trajectory)} steps, but {at_least} were taken, as the files beside it "
+                    "say: restore the file from a copy"
                 )
             if lock is not None:
                 if contents.final:

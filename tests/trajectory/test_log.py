@@ -155,7 +155,9 @@ def test_fewer_steps_than_are_known_to_have_been_taken_are_refused(tmp_path: pat
     written(tmp_path / "t")
     assert len(Trajectory.open(tmp_path / "t", at_least=3)) == 3
     for append in (False, True):
-        with pytest.raises(TrajectoryError, match="holds 3 steps, but 4 were taken: restore the file"):
+        with pytest.raises(
+            TrajectoryError, match="holds 3 steps, but 4 were taken, as the files beside it say: restore the file"
+        ):
             Trajectory.open(tmp_path / "t", append=append, at_least=4)
 
 
