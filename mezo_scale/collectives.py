@@ -6,11 +6,13 @@ Everything goes over the default process group: the data-parallel ranks hold dif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from mezo_scale.errors import MezoError, SharedError
 
 
 def is_distributed() -> bool:
@@ -65,6 +67,30 @@ def broadcast_bytes(data: bytes | None) -> bytes:
     if size:
         dist.broadcast(buffer, src=0)
     return bytes(buffer.cpu().numpy().tobytes())
+
+
+def from_first_rank(work: Callable[[], bytes]) -> bytes:
+    """What rank 0's `work` returns, on every rank; the others do not call it.
+
+    Raises:
+        MezoError: as `work` did on rank 0; on the others a SharedError with its text.
+    """
+    if not is_distributed():
+        return work()
+    error: BaseException | None = None
+    said = None
+    if rank() == 0:
+        try:
+            said = b"+" + work()
+        except BaseException as met:
+            error = met
+            said = b"-" + (str(met) if isinstance(met, MezoError) else f"rank 0 failed: {met!r}").encode()
+    said = broadcast_bytes(said)
+    if error is not None:
+        raise error
+    if said.startswith(b"-"):
+        raise SharedError(said[1:].decode())
+    return said[1:]
 
 
 def _device() -> torch.device:

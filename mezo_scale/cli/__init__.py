@@ -1,8 +1,21 @@
 """The command line. Each command parses and calls one function; a MezoError becomes one line and exit code 2."""
 
 import sys
+import warnings
+from typing import Any
 
-from mezo_scale.cli import bench, evaluate, plan, recipe, replay, status, submit, train, verify  # noqa: F401  registers
+from mezo_scale.cli import (  # noqa: F401  registers them
+    bench,
+    evaluate,
+    export,
+    plan,
+    recipe,
+    replay,
+    status,
+    submit,
+    train,
+    verify,
+)
 from mezo_scale.cli.app import app
 from mezo_scale.cli.arguments import is_first_rank
 from mezo_scale.errors import MezoError, SharedError
@@ -12,6 +25,7 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 for an interrupt; a bug keeps its traceback."""
+    warnings.formatwarning = _one_line  # type: ignore[assignment]  # it takes the place, and leaves it out
     try:
         app()
     except MezoError as error:
@@ -25,3 +39,8 @@ def main() -> None:
 def _is_shared(error: MezoError) -> bool:
     """Whether rank 0 has the same error to print: a recipe is the same for all, and the world says so of the rest."""
     return "mezo_scale.distributed.world" not in sys.modules or isinstance(error, SharedError)
+
+
+def _one_line(message: Warning | str, *where: Any, line: str | None = None) -> str:
+    """A warning as the command line prints it: without the place in the code."""
+    return f"warning: {message}\n"

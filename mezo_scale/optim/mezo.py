@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mezo_scale import collectives
 from mezo_scale.errors import MezoError, ModelError, ShardingError
 from mezo_scale.noise import Noise, direction_seed
 from mezo_scale.optim import groups
@@ -21,8 +20,7 @@ from mezo_scale.optim.heartbeat import Heartbeat
 from mezo_scale.optim.losses import Estimator, Objective, evaluating
 from mezo_scale.optim.measured import Measured, fail
 from mezo_scale.optim.reads import Reads
-from mezo_scale.optim.replay import Progress, apply_all_, describe, manifest
-from mezo_scale.optim.replay import load as load_trajectory
+from mezo_scale.optim.replay import Progress, apply_all_, describe, manifest, take_up
 from mezo_scale.optim.saved import check_positive, check_saved
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import Branch, View
@@ -47,7 +45,7 @@ class MeZO(torch.optim.Optimizer):
         seed: of the run; direction k of step t has a seed that follows from (seed, t, k).
         trajectory: path of the run's log. If the file exists and fits the model, its frozen weights, seed and eps, its
             steps are applied first and the run goes on after them (the model must hold the base weights). Written by
-            rank 0; None keeps no log.
+            rank 0, which locks it until ``opt.trajectory.close()`` or the process ends; None keeps no log.
         params: torch's parameter groups (dicts with "params" and their own "lr" or "weight_decay"); None: all in one
             group.
         rounding: how 16-bit shards store an update: "nearest", "stochastic", or "master" (a float32 master for bfloat16
@@ -55,6 +53,7 @@ class MeZO(torch.optim.Optimizer):
         distribution: "normal", or "rademacher" for z of +1 and -1.
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
+        fingerprints: of what else the run depends on, name -> digest; an existing trajectory's must be the same.
         progress: called with (steps done, steps in all) while an existing trajectory is applied.
         hang_timeout: seconds that a step of several ranks may take, or ten times the slowest step before it if that is
             more; then the processes end, and say which rank did not come. None: they wait as long as the process group
@@ -63,7 +62,7 @@ class MeZO(torch.optim.Optimizer):
     Raises:
         ValueError: lr, eps, weight_decay or num_directions out of range.
         ModelError, ShardingError: as for `mezo_scale.shards`.
-        TrajectoryError: an existing trajectory that is damaged or belongs to another run.
+        TrajectoryError: an existing trajectory that is damaged, belongs to another run, or is being written.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class MeZO(torch.optim.Optimizer):
         distribution: str = "normal",
         dtype: torch.dtype | None = None,
         paired: bool | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         progress: Progress | None = None,
         hang_timeout: float | None = 600.0,
     ) -> None:
@@ -111,7 +111,7 @@ class MeZO(torch.optim.Optimizer):
         numbers = groups.numbers(self.param_groups, view.layout, {})
         self._writer = Writer(view.layout, numbers, rounding=rounding, noise=noise)
         self._reads = Reads([shard.name for shard in view.layout.shards])
-        self._trajectory = None if trajectory is None else self._open(trajectory, progress)
+        self.trajectory = None if trajectory is None else self._open(trajectory, fingerprints, progress)
         if self.last_record is not None:
             self._reads.take_up(self.last_record.unread)
         self._publish()
@@ -204,8 +204,8 @@ class MeZO(torch.optim.Optimizer):
             record = measured.record(self.step_count, self.param_groups, self.last_record, self._reads, read)
         self._reads.say()
         self._estimator.company.finish()
-        if self._trajectory is not None:
-            self._trajectory.append(record)
+        if self.trajectory is not None:
+            self.trajectory.append(record)
         self._writer.apply_([record])
         self.last_record = record
         self.step_count += 1
@@ -251,7 +251,7 @@ class MeZO(torch.optim.Optimizer):
         self._follow()
         saved_groups = state_dict["param_groups"]
         found = state_dict.get("mezo", saved_groups[0].get("mezo") if saved_groups else None) or {}
-        check_saved(found, self._run_state(), log_is_open=self._trajectory is not None)
+        check_saved(found, self._run_state(), log_is_open=self.trajectory is not None)
         names = groups.members(saved_groups)
         mine = dict(zip(names, groups.members(self.param_groups), strict=False))  # torch refuses another number
         remainders = {
@@ -300,8 +300,8 @@ class MeZO(torch.optim.Optimizer):
         check_not_hidden(old.layout, view.layout)
         numbers = groups.numbers(self.param_groups, view.layout, old.groups)
         writer = Writer(view.layout, numbers, rounding=old.rounding, noise=old.noise)
-        if self._trajectory is not None:
-            self._trajectory.header.check_manifest(manifest(writer), "the trajectory being written")
+        if self.trajectory is not None:
+            self.trajectory.header.check_manifest(manifest(writer), "the trajectory being written")
         if self.step_count:
             writer.take_over_(old)
         self._writer = writer
@@ -359,15 +359,16 @@ class MeZO(torch.optim.Optimizer):
         seeds = [direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions)]
         return [(seed, scale) for seed in seeds for scale in (self.eps, -self.eps)]
 
-    def _open(self, path: str | os.PathLike[str], progress: Progress | None) -> Trajectory:
+    def _open(
+        self, path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None, progress: Progress | None
+    ) -> Trajectory:
         """Start a log, or take up the one that is there."""
-        header = describe(self.model, self._writer, self.num_directions, len(self.param_groups), self.seed, self.eps)
-        exists = collectives.max_integer(int(collectives.rank() == 0 and os.path.exists(path)))
-        if not exists:
-            return Trajectory.create(path, header) if collectives.rank() == 0 else Trajectory(header, [])
-        trajectory = load_trajectory(path)
-        trajectory.header.check_same(header, str(path))
-        apply_all_(self._writer, trajectory, len(trajectory), progress)
+        kind = (self.num_directions, len(self.param_groups), self.seed, self.eps)
+        trajectory = take_up(path, describe(self.model, self._writer, *kind, fingerprints))
+        with ExitStack() as undo:
+            undo.callback(trajectory.release)
+            apply_all_(self._writer, trajectory, len(trajectory), progress)
+            undo.pop_all()
         self.step_count = len(trajectory)
-        self.last_record = trajectory.records[-1] if trajectory.records else None
-        return Trajectory.open(path, append=True) if collectives.rank() == 0 else trajectory
+        self.last_record = trajectory[-1] if trajectory else None
+        return trajectory

@@ -4,7 +4,8 @@ common."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +63,75 @@ def replay(
 
 
 def load(path: str | os.PathLike[str]) -> Trajectory:
-    """A trajectory's file, read by rank 0 and handed to all."""
+    """A trajectory's file, read by rank 0 and handed to all. Every rank calls it, and gets the same error."""
     if not collectives.is_distributed():
         return Trajectory.open(path)
-    data = None
-    if collectives.rank() == 0 and Path(path).is_file():
-        data = Path(path).read_bytes()
-    data = collectives.broadcast_bytes(data)
-    if not data:
-        raise TrajectoryError(f"{path} can't be read on rank 0, or is empty: give the path of a trajectory")
-    return Trajectory.parse(data, str(path))
+
+    def read() -> bytes:
+        Trajectory.open(path)
+        return Path(path).read_bytes()
+
+    data = collectives.from_first_rank(read)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rank 0 has said it
+        return Trajectory.parse(data, str(path))
+
+
+def take_up(path: str | os.PathLike[str], header: Header) -> Trajectory:
+    """The log of a run that is described by `header`: the one that is there, or a new one. Rank 0 writes it.
+
+    Every rank calls it, and gets the same error if rank 0 can't have the file: it is damaged, another run's, or
+    another process writes it.
+    """
+    if not collectives.is_distributed():
+        return _mine(path, header)
+    kept: list[Trajectory] = []
+
+    def begin() -> bytes:
+        kept.append(_mine(path, header))
+        return Path(path).read_bytes()
+
+    data = collectives.from_first_rank(begin)
+    if kept:
+        return kept[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trajectory = Trajectory.parse(data, str(path))
+    trajectory.header.check_same(header, str(path))
+    return trajectory
+
+
+def _mine(path: str | os.PathLike[str], header: Header) -> Trajectory:
+    if not os.path.lexists(path):
+        return Trajectory.create(path, header)
+    trajectory = Trajectory.open(path, append=True)
+    try:
+        trajectory.header.check_same(header, str(path))
+    except TrajectoryError:
+        trajectory.release()
+        raise
+    return trajectory
 
 
 def apply_all_(writer: Writer, trajectory: Trajectory, until: int, progress: Progress | None) -> int:
     """The first ``until`` records, a chunk at a time."""
     for start in range(0, until, _CHUNK):
         stop = min(start + _CHUNK, until)
-        writer.apply_(trajectory.records[start:stop])
+        writer.apply_(trajectory[start:stop])
         if progress is not None:
             progress(stop, until)
     return until
 
 
-def describe(model: nn.Module, writer: Writer, num_directions: int, num_groups: int, seed: int, eps: float) -> Header:
+def describe(
+    model: nn.Module,
+    writer: Writer,
+    num_directions: int,
+    num_groups: int,
+    seed: int,
+    eps: float,
+    fingerprints: Mapping[str, str] | None = None,
+) -> Header:
     """The header of a trajectory that starts from the weights as they are now. All ranks must call it."""
     frozen, complete = frozen_hash(model)
     total, rest, gaps = collectives.sum_integers([local_hash(writer.layout.shards), frozen, int(not complete)])
@@ -99,6 +146,7 @@ def describe(model: nn.Module, writer: Writer, num_directions: int, num_groups: 
         seed=seed,
         eps=eps,
         frozen=None if gaps else f"{rest % 2**64:016x}",
+        fingerprints=dict(fingerprints) if fingerprints else None,
     )
 
 

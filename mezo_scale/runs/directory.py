@@ -5,16 +5,19 @@ import json
 import os
 import platform
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import RECIPE_FILE, Recipe, dump
+from mezo_scale.recipe import RECIPE_FILE, Recipe, dump, load
+
+_Kind = TypeVar("_Kind", list[Any], dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class RunDirectory:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -66,9 +73,10 @@ class RunDirectory:
     def describe(self, recipe: Recipe, world: World) -> None:
         """Writes the resolved recipe, and adds this session to environment.json."""
         replace_file(self.recipe, dump(recipe))
-        path = self.path / "environment.json"
-        sessions = json.loads(path.read_text()) if path.is_file() else []
-        replace_file(path, json.dumps([*sessions, environment(world)], indent=2) + "\n")
+        sessions = _read_json(self.environment, list)
+        if sessions is None:
+            keep_aside(self.environment)
+        replace_file(self.environment, json.dumps([*(sessions or []), environment(world)], indent=2) + "\n")
         self.interrupted.unlink(missing_ok=True)
 
     def mark_interrupted(self, step: int, signal: str) -> None:
@@ -77,19 +85,59 @@ class RunDirectory:
         replace_file(self.interrupted, json.dumps({"signal": signal, "step": step, "when": when}) + "\n")
 
     def read_evaluation(self) -> dict[str, Any]:
-        """What evaluation.json holds; empty if there is none yet."""
-        return json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+        """What evaluation.json holds; empty if there is none yet, or if it is damaged: then it is made anew."""
+        return _read_json(self.evaluation, dict) or {}
 
     def add_evaluation(self, **results: Any) -> dict[str, Any]:
-        """Adds results to evaluation.json and returns all of them."""
-        everything = self.read_evaluation() | results
+        """Adds results to evaluation.json and returns all of them. A damaged one is kept beside."""
+        before = _read_json(self.evaluation, dict)
+        if before is None:
+            keep_aside(self.evaluation)
+        everything = (before or {}) | results
         replace_file(self.evaluation, json.dumps(everything, indent=2) + "\n")
         return everything
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without one that a crash cut short."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The lines of metrics.jsonl, without those that are damaged or that a crash cut short."""
+        data = self.metrics.read_bytes() if self.metrics.is_file() else b""
+        lines = (_parse(line, dict) for line in data.splitlines())
+        return [line for line in lines if line is not None and type(line.get("step")) is int]
+
+    def keep_damaged_metrics(self) -> None:
+        """Keeps metrics.jsonl beside if a line of it is damaged, before the whole ones are written anew."""
+        data = self.metrics.read_bytes() if self.metrics.is_file() else b""
+        if len(self.read_metrics()) < len(data[: data.rfind(b"\n") + 1].splitlines()):
+            keep_aside(self.metrics)
+
+    def steps_said(self) -> int:
+        """How many steps were taken for certain: what evaluation.json and metrics.jsonl say of them, at most.
+
+        Both are written after a step's record is on the disk, so a trajectory with fewer steps has lost some.
+        """
+        tuned = self.read_evaluation().get("tuned")
+        graded = tuned.get("step") if isinstance(tuned, dict) else None
+        said: list[int] = [line["step"] for line in self.read_metrics()]
+        return max(0, *said, graded if isinstance(graded, int) else 0)
+
+    def check_unclaimed(self) -> None:
+        """Whether a run can begin here: the folder has no trajectory, and so nothing that a run would write over.
+
+        Raises:
+            RecipeError: it holds something of the kind, a user's or that of a run whose trajectory is gone.
+        """
+        results = (self.checkpoint, self.report, self.evaluation, self.metrics, self.environment, self.plot)
+        found = [path.name for path in results if path.exists()]
+        if not found and self.recipe.exists() and not self._recipe_is_resolved():
+            found = [self.recipe.name]
+        if found:
+            raise RecipeError(
+                f"output.dir: {self.path} holds {', '.join(found)}, but no {self.trajectory.name}: give another "
+                f"output.dir; if they are a run's, put its {self.trajectory.name} back or move them away"
+            )
+
+    def _recipe_is_resolved(self) -> bool:
+        """Whether recipe.yaml is as a job's submission leaves it; a person's would lose its comments."""
+        return self.recipe.read_text(encoding="utf-8") == dump(load(self.path))
 
 
 def environment(world: World) -> dict[str, Any]:
@@ -118,7 +166,30 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file that is never seen half-written."""
+    """Writes a file that is never seen half-written, after a power loss neither."""
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)
+
+
+def keep_aside(path: Path) -> None:
+    """Moves a damaged file beside its name, and says so."""
+    beside = path.with_name(path.name + ".damaged")
+    path.replace(beside)
+    warnings.warn(f"{path} is damaged and is begun anew; what it held is in {beside}", stacklevel=3)
+
+
+def _read_json(path: Path, kind: type[_Kind]) -> _Kind | None:
+    """A file's list or dict, empty if there is no file; None if it is damaged."""
+    return _parse(path.read_bytes(), kind) if path.is_file() else kind()
+
+
+def _parse(data: bytes, kind: type[_Kind]) -> _Kind | None:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, kind) else None

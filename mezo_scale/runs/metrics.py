@@ -17,7 +17,9 @@ class Metrics:
         if world.rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-            whole = "".join(json.dumps(line) + "\n" for line in run.read_metrics() if line["step"] <= first_step)
+            lines = run.read_metrics()
+            run.keep_damaged_metrics()
+            whole = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step)
             replace_file(run.metrics, whole)
             self._file = run.metrics.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)

@@ -9,6 +9,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.models import checkpoints
 from mezo_scale.optim.replay import replay
 from mezo_scale.runs.console import Screen
+from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.trajectory import Trajectory
 
 
@@ -35,6 +36,17 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None) -> int:
         steps = replay(model, records, until, progress=progress)
     checkpoints.write(model, tokenizer, out)
     return steps
+
+
+def export(directory: Path, out: Path) -> tuple[int, int]:
+    """Writes the compact form of a run's trajectory. Returns its steps and bytes.
+
+    Raises:
+        TrajectoryError: the trajectory is damaged or has fewer steps than were taken, or `out` is there already.
+    """
+    run = RunDirectory(directory)
+    records = Trajectory.open(run.trajectory, at_least=run.steps_said())
+    return len(records), records.export(out)
 
 
 def stored_dtype(records: Trajectory) -> torch.dtype:

@@ -107,7 +107,15 @@ class Trainer:
         if done:
             left = self.recipe.train.steps - done
             self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
-        self._tune(results)
+        optimizer = self._optimizer()
+        assert optimizer.trajectory is not None, "a run keeps a log"
+        with optimizer.trajectory:  # no other process writes this directory until the report is there
+            self._tune(optimizer, results)
+            del optimizer
+            self._finish(results)
+
+    def _finish(self, results: dict[str, Any]) -> None:
+        """The checkpoint, the report, and what the screen shows of them."""
         if self.recipe.output.checkpoint:
             gc.collect()  # the optimizer's scratch and the last step's batch, before rank 0 holds the whole model
             with self.memory.phase(CHECKPOINT):
@@ -130,13 +138,13 @@ class Trainer:
         for what, command in commands.items():
             self.screen.say(f"{what}: {command}")
 
-    def _tune(self, results: dict[str, Any]) -> None:
+    def _tune(self, optimizer: MeZO, results: dict[str, Any]) -> None:
         """The steps that are left, and what the tuned model is worth, added to the results."""
-        optimizer, steps = self._optimizer(), self.recipe.train.steps
+        steps = self.recipe.train.steps
         if self.world.rank == 0:
             self.run.describe(self.recipe, self.world)
             self.run.add_evaluation(**results)
-        if results.get("tuned", {}).get("step") != steps:
+        if optimizer.step_count < steps or results.get("tuned", {}).get("step") != steps:
             skipped = self._train(optimizer)
             tuned = self._evaluate(self.splits.test, "tuned")
             results["tuned"] = {**tuned.as_dict(), "step": steps, "skipped": skipped}
@@ -157,6 +165,7 @@ class Trainer:
                 distribution=options.distribution,
                 trajectory=self.run.trajectory,
                 dtype=self.loaded.scratch_dtype,
+                fingerprints={"data": f"{self.splits.digest() % 2**64:016x}"},
                 progress=progress,
                 hang_timeout=self.recipe.train.hang_timeout,
             )
@@ -262,12 +271,13 @@ def _steps_done(recipe: Recipe, run: RunDirectory) -> int:
     """How many steps the run directory holds; 0 where there is no run yet.
 
     Raises:
-        RecipeError: its run was another one, or went further than this one is to go.
-        TrajectoryError: its trajectory can't be read.
+        RecipeError: its run was another one, or went further than this one is to go; or its trajectory is missing.
+        TrajectoryError: its trajectory can't be continued, has lost steps, or is written by another process.
     """
     if not run.trajectory.exists():
         if run.path.exists() and not run.path.is_dir():
             raise RecipeError(f"output.dir: {run.path} is a file, expected a folder or nothing")
+        run.check_unclaimed()
         return 0
     if run.recipe.is_file():
         changed = differences(load(run.path), recipe)
@@ -275,7 +285,9 @@ def _steps_done(recipe: Recipe, run: RunDirectory) -> int:
             raise RecipeError(
                 f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir, or the same values"
             )
-    done = len(Trajectory.open(run.trajectory))
+    log = Trajectory.open(run.trajectory, append=True, at_least=run.steps_said())
+    log.release()
+    done = len(log)
     if done > recipe.train.steps:
         raise RecipeError(
             f"train.steps is {recipe.train.steps}, but the run in {run.path} has {done} already: ask for more, or "

@@ -23,7 +23,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
         MezoError: at the first thing that does not.
     """
     run = RunDirectory(recipe.directory)
-    records = Trajectory.open(run.trajectory)
+    records = Trajectory.open(run.trajectory, at_least=run.steps_said())
     skipped = sum(record.skipped for record in records)
     size = os.path.getsize(run.trajectory)
     yield f"{run.trajectory}: {len(records)} steps ({skipped} skipped), {size:,} bytes, every checksum right"

@@ -4,122 +4,165 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 from mezo_scale.errors import TrajectoryError
-from mezo_scale.trajectory import codec
+from mezo_scale.trajectory import codec, export, version1
+from mezo_scale.trajectory.lock import Lock
 from mezo_scale.trajectory.record import Header, StepRecord
+from mezo_scale.trajectory.steps import Contents, Steps
+
+_READERS = {codec.MAGIC: codec.read, version1.MAGIC: version1.read, export.MAGIC: export.read}
 
 
-class Trajectory:
-    """The records of a run: all of them in memory, and in a file if this rank keeps one.
+class Trajectory(Sequence[StepRecord]):
+    """The records of a run, in the order of its steps: in memory, and in a file if this rank keeps one.
 
-    - ``create`` refuses to overwrite a file. ``open`` reads one; with ``append=True`` it also drops a torn end.
-    - ``append`` returns after the record is on disk (flush and fsync): what was returned is never lost.
-    - A failed append (disk full) raises and leaves the file as it was before; it is the last that this process tries.
+    - ``create`` refuses to overwrite a file. ``open`` reads one and checks every byte; with ``append=True`` it goes on.
+    - Whoever appends holds a lock until ``close`` or ``release``: there is one writer, in this process and in all.
+    - ``append`` returns after the record is on disk (fsync): what was returned is never lost.
+    - A failed write (disk full, a failed fsync) raises, and is the last that this object tries.
+    - An end that a crash has torn is left out with a warning. Opening writes nothing; the first append moves the torn
+      bytes into ``<path>.torn`` before it takes their place.
     """
 
-    def __init__(self, header: Header, records: list[StepRecord], file: io.FileIO | None = None) -> None:
+    def __init__(self, header: Header, steps: Steps | None = None) -> None:
         self.header = header
-        self.records = records
-        self._file = file
+        self.steps = steps if steps is not None else Steps(np.zeros(0, codec.slot(header)))
+        self._file: _File | None = None
         self._failed = ""
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: Header) -> Trajectory:
-        """A new file with no records."""
-        try:
-            file = io.FileIO(path, "x")
-        except FileExistsError:
-            raise TrajectoryError(f"{path} exists already: continue it, or choose another folder") from None
-        except OSError as error:
-            raise TrajectoryError(f"{path} can't be created: {error.strerror}") from None
-        try:
-            _write(file, codec.pack_header(header))
-        except OSError as error:
-            file.close()
-            os.unlink(path)  # half a header would keep the run from starting again
-            raise TrajectoryError(f"{path} can't be written: {error.strerror}") from None
-        return cls(header, [], file)
+        """A new file with no records. Draws the header's `run_id` if it has none.
+
+        Raises:
+            TrajectoryError: the file exists, another process is about to make it, or it can't be written.
+        """
+        header = header if header.run_id is not None else replace(header, run_id=os.urandom(16).hex())
+        trajectory, begun = cls(header), codec.pack_header(header)
+        with ExitStack() as undo:
+            lock = _lock(path, "created", undo)
+            if os.path.lexists(path):
+                raise TrajectoryError(f"{path} exists already: continue it, or choose another folder")
+            try:
+                _place(path, begun)
+                trajectory._file = _File(path, lock, begun, len(begun), records=0, closed=True)
+            except OSError as error:
+                raise TrajectoryError(f"{path} can't be written: {error.strerror}") from None
+            undo.pop_all()
+        return trajectory
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, append: bool = False) -> Trajectory:
-        """An existing file, read whole and checked."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise TrajectoryError(f"{path} can't be read: {error.strerror}") from None
-        trajectory, whole = cls._parse(data, str(path))
-        if append:
-            try:
-                trajectory._file = io.FileIO(path, "r+")
-                trajectory._file.truncate(whole)
-                trajectory._file.seek(whole)
-            except OSError as error:
-                raise TrajectoryError(f"{path} can't be continued: {error.strerror}") from None
+    def open(cls, path: str | os.PathLike[str], *, append: bool = False, at_least: int = 0) -> Trajectory:
+        """An existing file, read whole and checked.
+
+        Args:
+            append: go on with it, as its only writer.
+            at_least: steps that are known to have been taken: with fewer the file has lost some.
+
+        Raises:
+            TrajectoryError: it can't be read, is damaged or too short, or another process writes it; to append to: it
+                is of version 1, or an export.
+        """
+        with ExitStack() as undo:
+            lock = _lock(path, "continued", undo) if append else None
+            data = _read_bytes(path)
+            contents = _contents(data, str(path))
+            trajectory = cls(contents.header, contents.steps)
+            if len(trajectory) < at_least:
+                raise TrajectoryError(
+                    f"{path} holds {len(trajectory)} steps, but {at_least} were taken, as the files beside it "
+                    "say: restore the file from a copy"
+                )
+            if lock is not None:
+                if contents.final:
+                    raise TrajectoryError(f"{path} {contents.final}")
+                begun, found = data[: contents.whole], contents
+                try:
+                    trajectory._file = _File(path, lock, begun, found.size, found.records, found.closed)
+                except OSError as error:
+                    raise TrajectoryError(f"{path} can't be continued: {error.strerror}") from None
+            undo.pop_all()
         return trajectory
 
     @classmethod
     def parse(cls, data: bytes, where: str = "the trajectory") -> Trajectory:
-        """Header and records from a file's bytes; an incomplete last record is left out."""
-        return cls._parse(data, where)[0]
-
-    @classmethod
-    def _parse(cls, data: bytes, where: str) -> tuple[Trajectory, int]:
-        """And how many bytes hold whole steps."""
-        header, start = codec.unpack_header(data, where)
-        size = codec.record_size(header)
-        records: list[StepRecord] = []
-        pieces: list[codec.Bits] = []
-        unread: tuple[int, ...] | None = ()
-        whole = start
-        for at in range(start, len(data) - size + 1, size):
-            entry = codec.unpack(header, data[at : at + size])
-            if entry is None and at + 2 * size > len(data):
-                break  # torn: space was reserved, the bytes did not arrive
-            if isinstance(entry, codec.Bits) and (entry.step, entry.number) == (len(records), len(pieces)):
-                pieces.append(entry)
-                unread = codec.unread_of(header, pieces)
-            elif isinstance(entry, StepRecord) and entry.step == len(records) and unread is not None:
-                records.append(replace(entry, unread=unread))
-                pieces, whole = [], at + size
-            else:
-                raise TrajectoryError(f"{where} is damaged at record {len(records)}: restore the file from a copy")
-        return cls(header, records), whole
+        """Header and records from a file's bytes. Raises TrajectoryError."""
+        contents = _contents(data, where)
+        return cls(contents.header, contents.steps)
 
     def append(self, record: StepRecord) -> None:
-        """Add a step; on disk when this returns."""
-        if record.step != len(self.records):
-            raise TrajectoryError(
-                f"step {record.step} can't follow {len(self.records)} records: steps are counted from 0"
-            )
+        """Add a step; on disk when this returns.
+
+        Raises:
+            TrajectoryError: it is not the next one, or can't be written; then nothing has changed.
+            ValueError: its numbers of directions and groups are not the header's.
+        """
+        if record.step != len(self):
+            raise TrajectoryError(f"step {record.step} can't follow {len(self)} records: steps are counted from 0")
         if self._failed:
             raise TrajectoryError(self._failed)
         if self._file is not None:
-            before = self.records[-1].unread if self.records else ()
-            news = codec.pack_unread(self.header, record) if record.unread != before else b""
-            start = self._file.tell()
-            try:
-                _write(self._file, news + codec.pack(self.header, record))
-            except OSError as error:
-                self._failed = (
-                    f"the trajectory can't be written: {error.strerror}; nothing was applied. Make room, and start the "
-                    "run again: it goes on from its last step"
-                )
-                with suppress(OSError):
-                    self._file.truncate(start)
-                self.close()
-                raise TrajectoryError(self._failed) from None
-        self.records.append(record)
+            before = self.steps.unread_at(len(self))
+            bodies = codec.pack_step(self.header, record, before, self._file.records)
+            self._failed = "the trajectory was interrupted in the middle of a record: start the run again"
+            self._write(bodies)
+            self._file.closed = False
+        self.steps.append(record)
+        self._failed = ""
+
+    def export(self, path: str | os.PathLike[str]) -> int:
+        """Write the compact form, from which a replay gives the same bits; `open` reads it. Returns its bytes.
+
+        Raises:
+            TrajectoryError: the file exists, or can't be written.
+        """
+        data = export.pack(self.header, self.steps)
+        try:
+            if os.path.lexists(path):
+                raise TrajectoryError(f"{path} exists already: give the name of a file that does not")
+            _place(path, data)
+        except OSError as error:
+            raise TrajectoryError(f"{path} can't be written: {error.strerror}") from None
+        return len(data)
 
     def close(self) -> None:
-        """Close the file; the records stay in memory."""
+        """Put a record behind the last step that says that nothing was left to write, and let the file go.
+
+        Records stay in memory. Raises TrajectoryError if the record can't be written; the file is let go all the same.
+        """
+        try:
+            if self._file is not None and not self._file.closed and not self._failed:
+                self._write(codec.pack_close(self.header, len(self), self._file.records))
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let the file go as it is; once more does nothing. Nothing can be appended any more, to the memory either."""
+        self._failed = self._failed or "the trajectory was closed: open it again to go on"
         if self._file is not None:
-            self._file.close()
+            self._file.release()
             self._file = None
+
+    def _write(self, bodies: list[bytes]) -> None:
+        assert self._file is not None
+        try:
+            self._file.append(bodies)
+        except OSError as error:
+            self._failed = (
+                f"the trajectory can't be written: {error.strerror}; nothing was applied. Make room, and start the "
+                "run again: it goes on from its last step"
+            )
+            self.release()
+            raise TrajectoryError(self._failed) from None
 
     def __enter__(self) -> Trajectory:
         return self
@@ -128,14 +171,119 @@ class Trajectory:
         self.close()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.steps)
 
-    def __iter__(self) -> Iterator[StepRecord]:
-        return iter(self.records)
+    @overload
+    def __getitem__(self, index: int) -> StepRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[StepRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> StepRecord | list[StepRecord]:
+        return self.steps[index]
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """All of them as objects, about half a kilobyte each."""
+        return self.steps[:]
+
+
+class _File:
+    """The end of a file that is appended to, and the lock on it. Methods raise OSError."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], lock: Lock, begun: bytes, size: int, records: int, closed: bool
+    ) -> None:
+        self.records, self.closed = records, closed
+        self._path, self._lock = Path(path), lock
+        self._end, self._torn = len(begun), size - len(begun)
+        self._chain = codec.Chain(begun)
+        self._ready = False
+        self._file = io.FileIO(path, "r+")
+
+    def append(self, bodies: list[bytes]) -> None:
+        """Seals records and puts them on the disk, in one write. After an error what arrived is taken away again."""
+        self._make_ready()
+        data = b"".join(body + self._chain.seal(body) for body in bodies)
+        try:
+            _write(self._file, data)
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._end += len(data)
+        self.records += len(bodies)
+
+    def _make_ready(self) -> None:
+        """Before the first append: a torn end is kept beside, and what the file holds is on the disk for certain."""
+        if self._ready:
+            return
+        if self._torn:
+            self._file.seek(self._end)
+            with io.FileIO(f"{self._path}.torn", "a") as beside:
+                _write(beside, self._file.read(self._torn))
+            self._file.truncate(self._end)
+        self._file.seek(self._end)
+        os.fsync(self._file.fileno())
+        self._ready = True
+
+    def release(self) -> None:
+        self._file.close()
+        self._lock.release()
+
+
+def _lock(path: str | os.PathLike[str], what: str, undo: ExitStack) -> Lock:
+    try:
+        lock = Lock(path)
+    except OSError as error:
+        raise TrajectoryError(f"{path} can't be {what}: {error.strerror}") from None
+    undo.callback(lock.release)
+    return lock
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TrajectoryError(f"{path} can't be read: {error.strerror}") from None
+
+
+def _contents(data: bytes, where: str) -> Contents:
+    """What a file of any version holds. Raises TrajectoryError."""
+    reader = _READERS.get(data[:8])
+    if reader is None:
+        raise TrajectoryError(f"{where} is not a trajectory: it does not begin with {codec.MAGIC.decode()}")
+    contents = reader(data, where)
+    if contents.size > contents.whole:
+        warnings.warn(
+            f"{where} ends in {contents.size - contents.whole} bytes of a record that was cut off: they are left out, "
+            f"and {len(contents.steps)} steps are whole",
+            stacklevel=4,
+        )
+    return contents
+
+
+def _place(path: str | os.PathLike[str], data: bytes) -> None:
+    """A new file that is seen whole or not at all, and on disk when this returns. Raises OSError."""
+    beside = Path(f"{os.fspath(path)}.partial")
+    try:
+        with io.FileIO(beside, "w") as file:
+            _write(file, data)
+        beside.rename(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _write(file: io.FileIO, data: bytes) -> None:
     """All of the data, on disk. Unbuffered: what could not be written is not written later, in front of something."""
-    while data:
-        data = data[file.write(data) :]
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
     os.fsync(file.fileno())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from mezo_scale.errors import TrajectoryError
+
+_MOST = 2**20  # multipliers of a record: a damaged header must not ask for all memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,12 @@ class Header:
         seed, eps: the run's; a replay needs neither, going on needs both.
         frozen: fingerprint of the weights and saved buffers that are not tuned. None if they were not all in memory,
             and in trajectories from before it was written: then they are not compared.
+        run_id: 128 random bits as 32 hexadecimal digits, drawn when the file is made. No two runs share records, even
+            with equal settings. None in files of version 1.
+        fingerprints: of what else the run was made with, by name ("data", "config"), from whoever made the optimizer.
+            Names that only one of two headers has are not compared.
+
+    A field that is None is left out of the file. Raises ValueError for types and numbers that no run could have.
     """
 
     noise_version: int
@@ -72,6 +81,24 @@ class Header:
     seed: int
     eps: float
     frozen: str | None = None
+    run_id: str | None = None
+    fingerprints: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.num_directions, self.num_groups)
+        if not all(type(count) is int and count >= 1 for count in counts) or math.prod(counts) > _MOST:
+            raise ValueError(f"num_directions and num_groups are {counts}: expected 1 or more, {_MOST} multipliers")
+        texts = (self.fingerprint, self.distribution, self.rounding, *(self.fingerprints or {}).values())
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("fingerprint, distribution, rounding and fingerprints are text")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed!r}: expected an integer of 64 bits without sign")
+        if not (isinstance(self.eps, int | float) and type(self.noise_version) is int):
+            raise ValueError(f"eps is {self.eps!r}, noise_version {self.noise_version!r}: expected numbers")
+        if not all(isinstance(entry, list) and len(entry) == 5 for entry in self.manifest):
+            raise ValueError("the manifest's entries are lists of name, shape, dtype, group and whether it decays")
+        if self.run_id is not None and not re.fullmatch("[0-9a-f]{32}", self.run_id):
+            raise ValueError(f"run_id is {self.run_id!r}: expected 32 hexadecimal digits")
 
     def check_same(self, other: Header, where: str) -> None:
         """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
@@ -91,11 +118,18 @@ class Header:
                 f"{where} was made on other frozen weights (fingerprint {self.frozen}, these have {other.frozen}): "
                 "give the base model that it was trained on, loaded in the same dtype"
             )
-        for name in ("num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
+        mine, theirs = self.fingerprints or {}, other.fingerprints or {}
+        for what in sorted(mine.keys() & theirs.keys()):
+            if mine[what] != theirs[what]:
                 raise TrajectoryError(
-                    f"{where} was written with {name} = {mine}, this run has {theirs}: set it to {mine}"
+                    f"{where} was made with other {what} (fingerprint {mine[what]}, this run has {theirs[what]}): give "
+                    f"the {what} that it was begun with, or begin a new run"
+                )
+        for name in ("num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
+            value, given = getattr(self, name), getattr(other, name)
+            if value != given:
+                raise TrajectoryError(
+                    f"{where} was written with {name} = {value}, this run has {given}: set it to {value}"
                 )
 
     def check_manifest(self, manifest: list[list[Any]], where: str) -> None:

@@ -83,10 +83,11 @@ def test_a_step_writes_what_was_read_and_names_the_rest_once(how: str, tmp_path:
     left = [{names[number] for number in record.unread} for record in Trajectory.open(log)]
     assert left == [set(names) - first, set(names) - second, set(names) - second]
 
+    opt.trajectory.close()  # type: ignore[union-attr]
+    opt.trajectory = None
     resumed = Experts()
     other = ms.MeZO(resumed, lr=1e-2, weight_decay=0.1, trajectory=log, paired=False)
     opt.step(lambda: loss(model, rows(0)))
-    opt._trajectory.close()  # type: ignore[union-attr]
     other.step(lambda: loss(resumed, rows(0)))
     assert other.last_record == opt.last_record
 

@@ -17,8 +17,8 @@ from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import discover
 from mezo_scale.sharding.fingerprint import frozen_hash
 from mezo_scale.trajectory import Header
-from mezo_scale.trajectory.codec import pack_header
 from tests.support import models
+from tests.trajectory.logs import written_in_version_1
 
 BATCH = models.batch("llama", 4)
 LOSS = models.objective("llama")
@@ -88,16 +88,42 @@ def header_of(model: nn.Module) -> Header:
     return describe(model, Writer(discover(model)), 1, 1, 0, 1e-3)
 
 
-def test_a_log_from_before_frozen_weights_were_written_is_still_taken_up(tmp_path: pathlib.Path) -> None:
+def test_a_log_of_version_1_from_before_frozen_weights_were_written_is_replayed_and_not_continued(
+    tmp_path: pathlib.Path,
+) -> None:
     opt = tuned(lora(), tmp_path / "t.mezo")
-    header = opt._trajectory.header
-    old = dataclasses.replace(header, frozen=None)
-    assert b"frozen" not in pack_header(old)
-    data = (tmp_path / "t.mezo").read_bytes()
-    (tmp_path / "old.mezo").write_bytes(pack_header(old) + data[len(pack_header(header)) :] + b"torn")
-    assert ms.replay(lora(), tmp_path / "old.mezo") == 1
-    assert tuned(lora(), tmp_path / "old.mezo").step_count == 2
-    assert len(ms.Trajectory.open(tmp_path / "old.mezo")) == 2
+    log = opt.trajectory
+    written_in_version_1(tmp_path / "old.mezo", log.records, dataclasses.replace(log.header, frozen=None))
+    assert b"frozen" not in (tmp_path / "old.mezo").read_bytes()
+    old, new = lora(), lora()
+    assert ms.replay(old, tmp_path / "old.mezo") == ms.replay(new, tmp_path / "t.mezo") == 1
+    assert all(torch.equal(one, other) for one, other in zip(old.parameters(), new.parameters(), strict=True))
+    with pytest.raises(TrajectoryError, match="is of version 1"):
+        tuned(lora(), tmp_path / "old.mezo")
+
+
+def test_other_fingerprints_of_what_a_run_depends_on_are_refused(tmp_path: pathlib.Path) -> None:
+    tuned(models.build("llama"), tmp_path / "t.mezo", fingerprints={"data": "12"})
+    with pytest.raises(TrajectoryError, match="made with other data .fingerprint 12, this run has 13."):
+        tuned(models.build("llama"), tmp_path / "t.mezo", fingerprints={"data": "13"})
+    assert tuned(models.build("llama"), tmp_path / "t.mezo", fingerprints={"data": "12"}).step_count == 2
+
+
+def test_two_optimizers_are_two_writers_until_one_lets_go(tmp_path: pathlib.Path) -> None:
+    first = tuned(models.build("llama"), tmp_path / "t.mezo")
+    with pytest.raises(TrajectoryError, match="being written by process"):
+        ms.MeZO(models.build("llama"), eps=1e-2, trajectory=tmp_path / "t.mezo")
+    first.trajectory.close()
+    assert tuned(models.build("llama"), tmp_path / "t.mezo").step_count == 2
+
+
+def test_a_replay_from_an_export_gives_the_same_bits(tmp_path: pathlib.Path) -> None:
+    opt = tuned(models.build("llama"), tmp_path / "t.mezo", num_directions=2, weight_decay=0.1)
+    opt.step(batch=BATCH, objective=LOSS)
+    opt.trajectory.export(tmp_path / "out")
+    again = models.build("llama")
+    assert ms.replay(again, tmp_path / "out") == 2
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), opt.model.parameters(), strict=True))
 
 
 class Foreign(nn.Parameter):

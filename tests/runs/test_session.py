@@ -18,7 +18,7 @@ from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
 from mezo_scale.tasks.objectives import OBJECTIVES, candidates_loss
 from mezo_scale.trajectory import Trajectory
-from mezo_scale.trajectory.codec import record_size
+from mezo_scale.trajectory.codec import slot
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -99,13 +99,13 @@ def test_a_run_in_two_sessions_is_the_run_in_one(make_recipe: MakeRecipe, tmp_pa
         train(make_recipe(*options, "steps=6", f"output.dir={parts}"))
         # As if killed during the third step: the records of two are on disk, what follows from them is not.
         log = parts / "trajectory.mezo"
-        records = Trajectory.open(log)
-        length = record_size(records.header)
-        log.write_bytes(log.read_bytes()[: -4 * length + 7])
+        length = slot(Trajectory.open(log).header).itemsize
+        log.write_bytes(log.read_bytes()[: -5 * length + 7])
         for name in ("evaluation.json", "report.md", "metrics.jsonl"):
             (parts / name).unlink()
-        train(load(parts))
-        assert log.read_bytes() == (whole / "trajectory.mezo").read_bytes()
+        with pytest.warns(UserWarning, match="2 steps are whole"):
+            train(load(parts))
+        assert Trajectory.open(log).records == Trajectory.open(whole / "trajectory.mezo").records
         assert same(weights(parts / "checkpoint"), weights(whole / "checkpoint"))
         one, other = (json.loads((run / "evaluation.json").read_text()) for run in (parts, whole))
         assert one == other
@@ -200,7 +200,7 @@ def test_verify_finds_a_damaged_record(make_recipe: MakeRecipe) -> None:
     train(recipe)
     log = Path(recipe.output.dir) / "trajectory.mezo"
     data = bytearray(log.read_bytes())
-    length = record_size(Trajectory.open(log).header)
+    length = slot(Trajectory.open(log).header).itemsize
     data[-2 * length - 20] ^= 1
     log.write_bytes(data)
     with pytest.raises(TrajectoryError, match="damaged at record"):
