@@ -2,7 +2,7 @@
 
 Nothing in torch ends a rank's wait for another one's part of a weight but the end of a process. So a thread watches
 over steps that take longer than a beat: it tells the other ranks over the process group's store that this one is still
-in the step, and ends this process when a rank has said that it can't go on, or when the step has waited too long.
+in the step, and ends this process when a rank has said that it can't go on, or when the step has waited too long for one.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ class _Vigil:
             return f"step {step} has waited for {inside_s:.0f} s: {_named(missing)} did not enter it"
         if silent:
             return f"step {step} has waited for {inside_s:.0f} s: {_named(silent)} entered it and no longer answers"
-        return (
-            f"step {step} has taken {inside_s:.0f} s, and all ranks are in it: an exchange between them hangs, or a "
-            "step takes longer than hang_timeout"
-        )
+        return ""  # all are in it and alive: slow, or an exchange that hangs, which the process group's timeout ends
 
     def absent(self, step: int) -> tuple[list[str], list[str]]:
         """The ranks that are not in the step, and those that are and gave no beat for some time."""

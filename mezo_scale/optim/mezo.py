@@ -55,9 +55,9 @@ class MeZO(torch.optim.Optimizer):
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
         fingerprints: of what else the run depends on, name -> digest; an existing trajectory's must be the same.
         progress: called with (steps done, steps in all) while an existing trajectory is applied.
-        hang_timeout: seconds that a step of several ranks may take, or ten times the slowest step before it if that is
-            more; then the processes end, and say which rank did not come. None: they wait as long as the process group
-            does.
+        hang_timeout: seconds that a step may wait for a rank that has not entered it or no longer answers, or ten times
+            the slowest step before it if that is more; then the processes end, and say which rank it is. None: they
+            wait as long as the process group does.
 
     Raises:
         ValueError: lr, eps, weight_decay or num_directions out of range.

@@ -30,7 +30,7 @@ def main(where: str) -> None:
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    opt = ms.MeZO(model, lr=1e-3, hang_timeout=3.0, paired=True)
+    opt = ms.MeZO(model, lr=1e-3, hang_timeout=6.0, paired=True)
     batch = {"x": torch.ones(2, 4)}
 
     def objective(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -39,10 +39,10 @@ def main(where: str) -> None:
     opt.step(batch=batch, objective=objective)
     if dist.get_rank() == 1:
         if where == "absent":
-            time.sleep(60)
+            time.sleep(200)
         if where == "stopped":
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGSTOP)).start()
-            model[1].register_forward_pre_hook(lambda *_: time.sleep(60))
+            model[1].register_forward_pre_hook(lambda *_: time.sleep(200))
 
         def fails(*_: object) -> None:
             raise KeyError("on purpose")
@@ -53,7 +53,7 @@ def main(where: str) -> None:
                 batch=batch, objective=objective
             )
         except KeyError:
-            time.sleep(60)
+            time.sleep(200)
     opt.step(batch=batch, objective=objective)
 
 
@@ -62,15 +62,15 @@ def main(where: str) -> None:
     [
         ("step", "error: rank 1 failed in step 1 while this one waited for its part of the weights: KeyError"),
         ("measure", "error: rank 1 failed in step 1 while this one waited for its part of the weights: KeyError"),
-        ("absent", "s: rank 1"),
+        ("absent", " s: rank 1"),
         ("stopped", "entered it and no longer answers"),
     ],
 )
 def test_ranks_that_wait_for_one_that_will_not_come_end_and_name_it(launch: Launch, where: str, line: str) -> None:
     start = time.monotonic()
     running = launch.start("torchrun", "--nproc-per-node", "2", "-m", "tests.optim.test_heartbeat", where)
-    running.await_output(line, timeout_s=50)
-    assert time.monotonic() - start < 50
+    running.await_output(line, timeout_s=100)
+    assert time.monotonic() - start < 100
     if where == "stopped":
         for process in running.ranks():
             process.kill()
