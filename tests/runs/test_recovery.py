@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mezo_scale.errors import RecipeError, TrajectoryError
-from mezo_scale.recipe import Recipe, load
+from mezo_scale.recipe import Recipe, dump, load
+from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.publish import rebuild
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
@@ -146,3 +147,14 @@ def test_an_export_is_small_and_replays_to_the_checkpoint(make_recipe: MakeRecip
     assert same(weights(tmp_path / "again"), weights(recipe.directory / "checkpoint"))
     code, _, err = run("export", recipe.directory, tmp_path / "small.mezo")
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_a_recipe_that_a_job_s_submission_left_is_no_obstacle(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("train.steps=9")
+    run = RunDirectory(recipe.directory)
+    run.create()
+    run.recipe.write_text(dump(recipe), encoding="utf-8")
+    run.check_unclaimed()
+    run.recipe.write_text("# mine\n" + dump(recipe), encoding="utf-8")
+    with pytest.raises(RecipeError, match="holds recipe.yaml"):
+        run.check_unclaimed()
