@@ -2,7 +2,8 @@
 
 Nothing in torch ends a rank's wait for another one's part of a weight but the end of a process. So a thread watches
 over steps that take longer than a beat: it tells the other ranks over the process group's store that this one is still
-in the step, and ends this process when a rank has said that it can't go on, or when the step has waited too long for one.
+in the step, and ends this process when a rank has said that it can't go on, or when the step has waited too long for
+one.
 """
 
 from __future__ import annotations

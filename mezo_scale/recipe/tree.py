@@ -133,8 +133,8 @@ class TrainSection(Section):
     hang_timeout: Real = Field(
         600.0,
         gt=0,
-        description="Seconds that a step may wait for a rank that has not entered it or no longer answers, or ten times "
-        "the slowest step before it if that is more; then the others name it and end.",
+        description="Seconds that a step may wait for a rank that has not entered it or no longer answers, or ten "
+        "times the slowest step before it if that is more; then the others name it and end.",
     )
 
 
