@@ -94,7 +94,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     missing = set(ms.__all__) - documented - {"noise", "objectives"}
     assert not missing, f"docs/reference/api.md lacks {sorted(missing)}"
     functions = set(ms.noise.__all__) - {"VERSION"}
-    assert functions <= set(re.findall(r'"noise\.(\w+)"', page))
+    assert functions <= set(re.findall(r'["`]noise\.(\w+)["`]', page))
 
 
 def test_every_error_is_explained() -> None:

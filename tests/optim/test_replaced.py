@@ -209,6 +209,7 @@ def test_a_model_that_changes_between_measuring_and_writing_is_measured_again() 
     assert unmoved(model, before) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_a_weight_that_something_else_makes_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     opt = ms.MeZO(model, eps=1e-2)
