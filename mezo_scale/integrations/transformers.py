@@ -94,17 +94,16 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
         self._leave_out_what_is_for_gradients()
 
     def _leave_out_what_is_for_gradients(self) -> None:
-        needless = []
-        if self.args.max_grad_norm:
-            self.args.max_grad_norm = 0.0
-            needless.append("max_grad_norm")
-        if self.args.gradient_checkpointing:
-            self.args.gradient_checkpointing = False
-            needless.append("gradient_checkpointing")
-        if "max_grad_norm" in needless and len(needless) == 1:
-            return  # it is on by default, and nobody asked for it
+        args: Any = self.args
+        # The last two are one thing: newer releases call it by the first of the two names.
+        off = {"max_grad_norm": 0.0, "activation_checkpointing": False, "gradient_checkpointing": False}
+        unasked = {"max_grad_norm": TrainingArguments.max_grad_norm}  # clipping is on by default
+        found = {name: getattr(args, name) for name in off if hasattr(args, name)}
+        needless = [name for name, value in found.items() if value and value != unasked.get(name)]
+        for name in found:
+            setattr(args, name, off[name])
         if needless:
-            warnings.warn(f"{' and '.join(needless)} is for gradients, of which there are none: left out", stacklevel=3)
+            warnings.warn(f"{', '.join(needless)}: for gradients, of which there are none, so left out", stacklevel=3)
 
     optimizer: Any
 
@@ -147,7 +146,7 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
             loss = mezo.measure(batch=inputs, objective=lambda _, batch: self._per_row(model, batch))
             return torch.tensor(loss / pieces, device=self.args.device)
         # With the number of items, a loss is a part of the step's whole, and they add up; MeZO averages over pieces.
-        is_part = self.loss_is_scaled_for_ga
+        is_part = getattr(self, "loss_is_scaled_for_ga", None)  # not every release has it
         if is_part is None:
             is_part = (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -121,6 +121,8 @@ def write(model: Any, tokenizer: Any, directory: Path) -> None:
     if collectives.rank() == 0:
         beside = directory.with_name(directory.name + ".partial")
         old = directory.with_name(directory.name + ".old")
+        if old.exists() and not directory.exists():  # a process died between the two renames: it is the only one
+            old.rename(directory)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         model.save_pretrained(beside, state_dict=state)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -27,7 +27,7 @@ BEAT_S = 2.0
 SLOWEST = 10
 """A step may take this many times as long as the slowest one before it, whatever the timeout says."""
 
-_count = itertools.count()  # ranks make their optimizers in the same order
+_KEY = "mezo-scale/heartbeat"  # one of a process, which is in one step at a time whatever its optimizers
 
 
 @dataclass
@@ -37,7 +37,6 @@ class _Vigil:
     store: dist.Store
     rank: int
     size: int
-    prefix: str
     timeout_s: float
     ended: threading.Event = field(default_factory=threading.Event)
     step: int = -1
@@ -54,14 +53,14 @@ class _Vigil:
             with suppress(RuntimeError):  # the store went with its process: whoever waits for that one is told by torch
                 reason = self.beat(count, time.monotonic() - entered)
                 if reason and self.entered == entered:
-                    end(reason)
+                    _end(reason)
 
     def beat(self, count: int, inside_s: float) -> str:
         """Tell the others that this rank is in its step; why the step can't go on, or nothing."""
         step = self.step
-        self.store.set(f"{self.prefix}/{self.rank}", f"{step} {count} {socket.gethostname()}")
-        if self.store.check([f"{self.prefix}/failed"]):
-            number, rank, why = self.store.get(f"{self.prefix}/failed").decode(errors="replace").split("\n", 2)
+        self.store.set(f"{_KEY}/{self.rank}", f"{step} {count} {socket.gethostname()}")
+        if self.store.check([f"{_KEY}/failed"]):
+            number, rank, why = self.store.get(f"{_KEY}/failed").decode(errors="replace").split("\n", 2)
             if int(number) == step:
                 return f"rank {rank} failed in step {step} while this one waited for its part of the weights: {why}"
         if inside_s < max(self.timeout_s, SLOWEST * self.slowest_s):
@@ -89,7 +88,7 @@ class _Vigil:
 
     def beats(self) -> list[str]:
         """Each rank's last word, empty where there is none."""
-        keys = [f"{self.prefix}/{rank}" for rank in range(self.size)]
+        keys = [f"{_KEY}/{rank}" for rank in range(self.size)]
         return [self.store.get(key).decode() if self.store.check([key]) else "" for key in keys]
 
 
@@ -102,7 +101,6 @@ class Heartbeat:
 
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = float("inf") if timeout_s is None else timeout_s
-        self._number = next(_count)
         self._vigil: _Vigil | None = None
 
     @contextmanager
@@ -124,16 +122,14 @@ class Heartbeat:
         if self._vigil is not None:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             with suppress(RuntimeError):
-                self._vigil.store.set(f"{self._vigil.prefix}/failed", f"{step}\n{self._vigil.rank}\n{line}")
+                self._vigil.store.set(f"{_KEY}/failed", f"{step}\n{self._vigil.rank}\n{line}")
 
     def _begun(self) -> _Vigil | None:
         """The thread's knowledge; the thread starts with the first step that has other ranks in it."""
         if self._vigil is None and collectives.is_distributed():
             store = collectives.store()
             if store is not None:
-                vigil = _Vigil(
-                    store, collectives.rank(), collectives.world_size(), f"mezo/{self._number}", self.timeout_s
-                )
+                vigil = _Vigil(store, collectives.rank(), collectives.world_size(), self.timeout_s)
                 weakref.finalize(self, vigil.ended.set)
                 threading.Thread(target=vigil.watch, name="mezo heartbeat", daemon=True).start()
                 self._vigil = vigil
@@ -141,11 +137,8 @@ class Heartbeat:
 
 
 def _end(reason: str) -> None:
-    print(f"error: {reason}. The trajectory holds every step before it", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(2)
-
-
-end: Callable[[str], None] = _end
 
 
 def _named(ranks: list[str]) -> str:

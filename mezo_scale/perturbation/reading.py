@@ -98,10 +98,7 @@ class Reading(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in WRITES and type(args[0]) is Reading:
-            raise ViewError(
-                f"{args[0].site.name} is written by the model's own forward, so it has no one value to perturb: "
-                "freeze it (requires_grad = False)"
-            )
+            raise _written(args[0].site.name)
         if func in SAME:
             return args[0]
         if func in METADATA:
@@ -118,6 +115,13 @@ class Reading(Tensor):
     ) -> Any:
         args, kwargs = _resolved((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _written(name: str) -> ViewError:
+    return ViewError(
+        f"{name} is written by the model's own forward, so it has no one value to perturb: freeze it "
+        "(requires_grad = False)"
+    )
 
 
 def _is_plain_lookup(args: Any, kwargs: Any) -> bool:
@@ -199,6 +203,8 @@ class Bypass(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (func in WRITES or func in SAME) and type(args[0]) is Guarded:
+            return Guarded.__torch_function__(func, types, args, kwargs)
         if func not in METADATA and tree_any(_may_be_plain, (args, kwargs)):
             args, kwargs = tree_map_only(Tensor, self._perturbed, (args, kwargs))
         return func(*args, **kwargs)
@@ -215,11 +221,16 @@ class Guarded(nn.Parameter):
     """
 
     perturbed: Callable[[Tensor], Tensor]
+    name_in_model: str
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA or func is Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func in WRITES and type(args[0]) is Guarded:
+            raise _written(args[0].name_in_model)
+        if func in SAME:
+            return args[0]
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = tree_map_only(Guarded, lambda param: param.perturbed(param), (args, kwargs))
@@ -232,15 +243,15 @@ def _is_guarded(leaf: Any) -> bool:
 
 
 @contextmanager
-def guarding(params: Iterable[Tensor], perturbed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def guarding(named: Iterable[tuple[str, Tensor]], perturbed: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Each of the parameters is a `Guarded` inside. A user's own subclass of Parameter stays what it is."""
-    plain = {id(param): param for param in params if type(param) is nn.Parameter}.values()  # a tied one comes twice
-    for param in plain:
+    plain = {param: name for name, param in named if type(param) is nn.Parameter}  # a tied one comes twice
+    for param, name in plain.items():
         param.__class__ = Guarded
-        param.perturbed = perturbed  # type: ignore[attr-defined]
+        param.perturbed, param.name_in_model = perturbed, name  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for param in plain:
             param.__class__ = nn.Parameter
-            del param.perturbed  # type: ignore[attr-defined]
+            del param.perturbed, param.name_in_model  # type: ignore[attr-defined]

@@ -107,7 +107,8 @@ class View:
             stack.enter_context(run_eagerly(self.model))
             stack.enter_context(fetching(self._fetch, of_instances=self._in_instances))
             if not self.gathers:
-                stack.enter_context(guarding(map(stored, self._readers.sites), self._instead_of))
+                named = ((site.name, stored(site)) for site in self._readers.sites)
+                stack.enter_context(guarding(named, self._instead_of))
             self._give_to([*self._owned, *self._readers.by_module, *self._pairing.units])
             if len(branches) > 1:
                 self._watch_entries(stack)

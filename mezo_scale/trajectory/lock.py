@@ -28,7 +28,7 @@ class Lock:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._name = f"{os.fspath(path)}.lock"
+        self._name = f"{os.path.realpath(path)}.lock"  # a link is the same file by another name
         self._file = self._locked(path)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -155,9 +155,10 @@ def test_what_is_for_gradients_is_refused_or_left_out(tmp_path: pathlib.Path) ->
         MeZOTrainer(model, config(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
     with pytest.raises(ValueError, match="fp16 scales the loss"):
         MeZOTrainer(model, config(tmp_path, fp16=True))
-    with pytest.warns(UserWarning, match="gradient_checkpointing is for gradients"):
-        trainer = MeZOTrainer(model, config(tmp_path, gradient_checkpointing=True))
-    assert trainer.args.max_grad_norm == 0
+    arguments = config(tmp_path, activation_checkpointing=True, max_grad_norm=3.0)
+    with pytest.warns(UserWarning, match="^max_grad_norm, activation_checkpointing.*: for gradients"):
+        trainer = MeZOTrainer(model, arguments)
+    assert (trainer.args.max_grad_norm, trainer.args.activation_checkpointing) == (0, False)
     assert isinstance(trainer, Trainer)
 
 

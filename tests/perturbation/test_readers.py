@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 import mezo_scale as ms
 from mezo_scale.errors import ViewError
-
-BRANCHES = [(11, 0.1), (11, -0.1)]
+from tests.support.moved import BRANCHES, make, moved
 
 
 class ParentReads(nn.Module):
@@ -168,19 +166,6 @@ MODELS = [
 ]
 
 
-def moved(model: nn.Module, seed: int, scale: float) -> nn.Module:
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, param in copied.named_parameters():
-            param.add_(ms.noise.normal(seed, ms.noise.param_id(name), 0, param.numel()).view_as(param), alpha=scale)
-    return copied
-
-
-def make(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return kind().eval(), torch.randn(3, 6)
-
-
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_a_parameter_is_perturbed_wherever_it_is_read(kind: Callable[[], nn.Module]) -> None:
     model, x = make(kind)
@@ -243,80 +228,6 @@ def test_memory_that_another_tensor_shares_is_refused_by_name() -> None:
         model(x)
 
 
-class ChangesItsMind(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.always, self.later = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.late = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.always(x) @ self.later.weight if self.late else self.always(x)
-
-
-def test_a_read_that_was_not_there_at_first_is_an_error_that_names_the_parameter_and_its_reader() -> None:
-    model, x = make(ChangesItsMind)
-    view = ms.View(model)
-    with view.branches(BRANCHES):
-        model(torch.cat([x, x]))
-    model.late = True
-    with pytest.raises(ViewError, match=r"later\.weight is read by ChangesItsMind"), view.branches(BRANCHES):
-        model(torch.cat([x, x]))
-
-
-def test_with_one_branch_a_read_that_was_not_there_at_first_is_perturbed() -> None:
-    model, x = make(ChangesItsMind)
-    view = ms.View(model)
-    with view.branches(BRANCHES[:1]):
-        model(x)
-    model.late = True
-    for _ in range(2):
-        with view.branches(BRANCHES[:1]):
-            found = model(x)
-        with torch.no_grad():
-            assert torch.allclose(found, moved(model, *BRANCHES[0])(x), rtol=1e-5, atol=1e-6)
-    assert "later.weight" in view.read
-
-
-class KeepsAList(nn.Module):
-    """Has a weight in a plain list, where no look-up of a module's attribute sees it, and reads it from a later call
-    on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.always, self.later = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.kept = [self.later.weight]
-        self.late = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.always(x) @ self.kept[0].data.t() if self.late else self.always(x)
-
-
-def test_a_weight_in_a_list_that_is_read_from_a_later_call_on_is_perturbed() -> None:
-    model, x = make(KeepsAList)
-    view = ms.View(model)
-    with view.branches(BRANCHES[:1]):
-        model(x)
-    model.late = True
-    for _ in range(2):
-        with view.branches(BRANCHES[:1]):
-            found = model(x)
-        with torch.no_grad():
-            assert torch.allclose(found, moved(model, *BRANCHES[0])(x), rtol=1e-5, atol=1e-6)
-    assert "later.weight" in view.read
-    assert type(model.later.weight) is nn.Parameter
-
-
-def test_a_weight_in_a_list_that_a_tall_batch_reads_from_a_later_call_on_is_an_error_that_names_it() -> None:
-    model, x = make(KeepsAList)
-    view = ms.View(model)
-    with view.branches(BRANCHES):
-        model(torch.cat([x, x]))
-    model.late = True
-    with pytest.raises(ViewError, match=r"later\.weight is read by KeepsAList"), view.branches(BRANCHES):
-        model(torch.cat([x, x]))
-    assert type(model.later.weight) is nn.Parameter
-
-
 def test_modules_find_their_own_weights_again_when_the_view_is_closed() -> None:
     model, x = make(ParentReads)
     plain = nn.Module.__getattr__
@@ -357,50 +268,3 @@ def test_compiled_modules_run_eagerly_inside_a_view(how: str) -> None:
             with ms.perturbed(called, [branch]):
                 assert torch.allclose(called(x), expected, rtol=1e-5, atol=1e-6)
     assert torch.allclose(both, right, rtol=1e-5, atol=1e-6)
-
-
-class SetsItsData(nn.Module):
-    """Projects its weight in its own forward, as some adapters do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.inner.weight.data = self.inner.weight / self.inner.weight.norm()
-        return self.inner(x)
-
-
-class ClampsItself(nn.Module):
-    """Keeps a scale in bounds, in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((6,), 5.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.scale.data.clamp_(max=4.6)
-        return x * self.scale.exp()
-
-
-class WritesASlice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.weight[0] = 0
-        return x * self.weight
-
-
-@pytest.mark.parametrize("make", [SetsItsData, ClampsItself, WritesASlice])
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_model_whose_forward_writes_a_trainable_parameter_is_refused_and_stays_as_it_was(
-    make: Callable[[], nn.Module], count: int
-) -> None:
-    torch.manual_seed(0)
-    model = make()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ViewError, match="written by the model's own forward"), ms.perturbed(model, BRANCHES[:count]):
-        model(torch.randn(4, 6))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
