@@ -1,6 +1,7 @@
 """The command line. Each command parses and calls one function; a MezoError becomes one line and exit code 2."""
 
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -22,16 +23,22 @@ from mezo_scale.errors import MezoError, SharedError
 
 __all__ = ["app", "main"]
 
+_GRACE_S = 30  # for rank 0 to say what all ranks have met
+
 
 def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 for an interrupt; a bug keeps its traceback."""
     warnings.formatwarning = _one_line  # type: ignore[assignment]  # it takes the place, and leaves it out
     try:
-        app()
-    except MezoError as error:
-        if is_first_rank() or not _is_shared(error):
+        try:
+            app()
+        except MezoError as error:
+            if not is_first_rank() and _is_shared(error):
+                # The launcher ends all ranks with the first that leaves, so rank 0 leaves first. If nobody ends this
+                # one, rank 0 is lost, or has not met the error: better said twice than never.
+                time.sleep(_GRACE_S)
             sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+            sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

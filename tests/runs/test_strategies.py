@@ -88,3 +88,17 @@ def test_what_cannot_run_on_two_ranks_is_said_once(
     assert said in done.output
     assert "mezo_scale/" not in done.output.split("error: ")[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_is_said_though_the_ranks_that_keep_silent_meet_it_first(launch: Launch, tmp_path: Path) -> None:
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, sys, time\n"
+        "time.sleep(3 if os.environ['RANK'] == '0' else 0)\n"
+        "sys.argv[1:] = ['train', 'no-such-recipe.yaml']\n"
+        "from mezo_scale.cli import main\n"
+        "main()\n"
+    )
+    done = launch(BIN / "torchrun", "--standalone", "--nproc-per-node", "2", late)
+    assert done.code != 0
+    assert done.output.count("error: ") == 1
