@@ -22,7 +22,7 @@ from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, joined
 from mezo_scale.errors import RecipeError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import save
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs.console import Screen, StepProgress
@@ -105,9 +105,9 @@ class Trainer:
             self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
         self._tune(results)
         if self.recipe.output.checkpoint:
-            gc.collect()  # the optimizer's scratch and the last step's batch, before rank 0 holds the whole model
+            gc.collect()  # the optimizer's scratch and the last step's batch make room for what rank 0 gathers
             with self.memory.phase(CHECKPOINT):
-                checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
+                save.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
         commands, memory = self._commands(), self.memory.all_gib()
         if self.world.rank == 0:
             write_report(
