@@ -28,7 +28,7 @@ def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: 
     such a part. The folder is complete or not there: written beside, synced, then renamed. An older one is replaced.
 
     Raises:
-        SharedError: it can't be written, on every rank; an older checkpoint is there still.
+        SharedError: it can't be written, on every rank; an older checkpoint is kept.
         ShardingError, ModelError: the model can't be gathered; nothing is written then.
     """
     shards, tied = stored(model)
@@ -94,9 +94,15 @@ def _finish(files: WeightFiles | None, directory: Path, beside: Path, error: OSE
         raise error
     files.close()
     sync([*beside.iterdir(), beside])
-    if directory.exists():
+    replaces = directory.exists()
+    if replaces:
         directory.rename(_old(directory))
-    beside.rename(directory)
+    try:
+        beside.rename(directory)
+    except OSError:
+        if replaces:
+            _old(directory).rename(directory)
+        raise
     sync([directory.parent])
     shutil.rmtree(_old(directory), ignore_errors=True)
 
@@ -114,7 +120,7 @@ def _on_first(directory: Path, do: Callable[[], T]) -> T | None:
         except OSError as error:
             said = (
                 f"the checkpoint {directory} can't be written ({error.strerror or error}): make room or give another "
-                "folder, and save again; an older checkpoint there is as it was"
+                "folder, and save again; an older checkpoint is kept"
             )
     if said := collectives.broadcast_bytes(said.encode()).decode():
         raise SharedError(said)

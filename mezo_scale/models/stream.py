@@ -5,6 +5,7 @@ header as JSON, the tensors' bytes without gaps.
 """
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -97,6 +98,9 @@ def sync(paths: Iterable[Path]) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:  # some file systems sync no folders
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 

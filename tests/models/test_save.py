@@ -132,20 +132,28 @@ def test_experts_are_turned_back_one_tensor_at_a_time() -> None:
 
 def broken(out: Path, where: str) -> str:
     """What rank 0 and the others say where writing fails on rank 0."""
-    at: dict[str, tuple[Any, str]] = {
-        "configuration": (LlamaConfig, "save_pretrained"),
-        "weights": (stream.WeightFiles, "write"),
-        "sync": (os, "fsync"),
-        "rename": (Path, "rename"),
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise NO_SPACE
+        return rename(path, target)
+
+    fails = mock.Mock(side_effect=NO_SPACE)
+    at: dict[str, tuple[Any, str, Any]] = {
+        "configuration": (LlamaConfig, "save_pretrained", fails),
+        "weights": (stream.WeightFiles, "write", fails),
+        "sync": (os, "fsync", fails),
+        "first rename": (Path, "rename", fails),
+        "second rename": (Path, "rename", renamed),
     }
-    owner, attr = at[where]
     sharded = layouts.shard("fsdp2", models.build("llama"))
-    with mock.patch.object(owner, attr, side_effect=NO_SPACE), pytest.raises(SharedError) as caught:
+    with mock.patch.object(*at[where]), pytest.raises(SharedError) as caught:
         save.write(sharded.model, ByT5Tokenizer(), out)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("where", ["configuration", "weights", "sync", "rename"])
+@pytest.mark.parametrize("where", ["configuration", "weights", "sync", "first rename", "second rename"])
 def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(ranks: Ranks, tmp_path: Path, where: str) -> None:
     out = tmp_path / "out"
     save.write(models.build("gpt2"), ByT5Tokenizer(), out)
@@ -206,6 +214,19 @@ TALL = LlamaConfig(
     num_attention_heads=8,
     tie_word_embeddings=True,
 )
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path) -> None:
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    with mock.patch.object(os, "fsync", synced):
+        save.write(models.build("gpt2"), ByT5Tokenizer(), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def peak(layout: str, out: Path) -> int:
