@@ -50,7 +50,7 @@ def gather_integers(value: int) -> list[int]:
     """Every rank's value, in rank order."""
     if not is_distributed():
         return [value]
-    mine = torch.tensor([value], dtype=torch.int64, device=_device())
+    mine = torch.tensor([value], dtype=torch.int64, device=device())
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return [int(other.item()) for other in everyone]
@@ -61,7 +61,7 @@ def broadcast_bytes(data: bytes | None) -> bytes:
     if not is_distributed():
         return data or b""
     size = max_integer(len(data) if data is not None and rank() == 0 else 0)
-    buffer = torch.zeros(size, dtype=torch.uint8, device=_device())
+    buffer = torch.zeros(size, dtype=torch.uint8, device=device())
     if data is not None and rank() == 0 and size:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if size:
@@ -93,12 +93,12 @@ def from_first_rank(work: Callable[[], bytes]) -> bytes:
     return said[1:]
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
     """Where the group's backend wants its tensors: NCCL and its kin take no CPU tensors."""
     backend = str(dist.get_backend())
     for device, name in (("cuda", "nccl"), ("xpu", "xccl"), ("hpu", "hccl")):
         if name in backend and "gloo" not in backend:
-            return torch.device(device, getattr(torch, device).current_device())
+            return torch.device(device, getattr(torch, device).currentdevice())
     return torch.device("cpu")
 
 
@@ -113,7 +113,7 @@ def store() -> dist.Store | None:
 def _reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, timeout_s: float | None = None) -> torch.Tensor:
     if not is_distributed():
         return values
-    values = values.to(_device())
+    values = values.to(device())
     if timeout_s is None:
         dist.all_reduce(values, op=op)
     else:

@@ -34,7 +34,7 @@ from mezo_scale.models.checkpoints import silence_transformers
 from mezo_scale.models.shapes import config_of
 from mezo_scale.models.units import units
 from mezo_scale.optim.mezo import MeZO
-from mezo_scale.sharding import shards
+from mezo_scale.sharding import discover, shards
 from mezo_scale.tasks.objectives import candidates_loss
 
 _BASELINES = Path("tools") / "baselines.py"
@@ -185,12 +185,11 @@ def _size(model: nn.Module, cell: Cell) -> tuple[int, int, int]:
     """Parameters of the model, its decoder layers, and the bytes of one as it is gathered."""
     layers = [unit.module for unit in units(model) if unit.kind == "layer"]
     dtype = cell.dtype if cell.spread.autocasts else cell.compute_dtype or cell.dtype
-    each = sum(_numel(parameter) for parameter in layers[0].parameters()) if layers else 0
-    return sum(map(_numel, model.parameters())), len(layers), each * getattr(torch, dtype).itemsize
-
-
-def _numel(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+    layout = discover(model)
+    numel = {shard.name: shard.numel for shard in layout.shards}
+    first = set(layers[0].modules()) if layers else set()
+    each = sum(numel[name] for name in {site.name for site in layout.sites if site.module in first})
+    return sum(numel.values()), len(layers), each * getattr(torch, dtype).itemsize
 
 
 def _compile_kernels(cell: Cell, device: torch.device) -> None:

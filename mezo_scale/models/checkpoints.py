@@ -1,22 +1,18 @@
-"""Checkpoints: what transformers and DeepSpeed read and write, checked on the way in and whole on the way out.
+"""Checkpoints: what transformers and DeepSpeed read, checked on the way in.
 
 Only safetensors are read, and no code that comes with a model is run. ``random:SHAPE`` names a model that nobody has to
 download: random weights of a published shape, for rehearsals and measurements.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from mezo_scale import collectives, noise
+from mezo_scale import noise
 from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.models.shapes import config_of
 from mezo_scale.recipe import means_disk
@@ -110,71 +106,6 @@ def randomise_(model: nn.Module) -> None:
             if shard.decayed:
                 noise.write_(local, shard.runs, shard.param_id, [[_SEED]], [[deviation]], [1.0])
     layout.refresh()
-
-
-def write(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Writes an ordinary Hugging Face checkpoint (safetensors, configuration, tokenizer); every rank calls it.
-
-    It is complete or not there: written beside, then renamed. An older one is replaced.
-    """
-    state = full_state(model)
-    if collectives.rank() == 0:
-        beside = directory.with_name(directory.name + ".partial")
-        old = directory.with_name(directory.name + ".old")
-        if old.exists() and not directory.exists():  # a process died between the two renames: it is the only one
-            old.rename(directory)
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(beside, state_dict=state)
-        tokenizer.save_pretrained(beside)
-        if directory.exists():
-            directory.rename(old)
-        beside.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict, on the CPU of rank 0; empty on the others. Every rank calls it."""
-    if not dist.is_initialized():
-        return model.state_dict()
-    if any(hasattr(param, "ds_id") for param in model.parameters()):
-        state = _full_state_zero3(model)
-    else:
-        state = _full_state_dtensors(model)
-    if dist.get_rank() > 0:
-        return {}
-    names: dict[int, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        state[name] = state[names.setdefault(id(param), name)]  # tied weights are one tensor again, and saved once
-    return state
-
-
-def _full_state_dtensors(model: nn.Module) -> dict[str, Tensor]:
-    """Gathered one by one, tied weights once: a rank other than 0 holds its shards and one parameter at a time."""
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
-    state = model.state_dict()
-    for name, held in [*model.named_parameters(), *model.named_buffers()]:
-        if name in state:
-            tensor: Any = held.detach()
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            state[name] = whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
-            del tensor, whole
-    return state
-
-
-def _full_state_zero3(model: nn.Module) -> dict[str, Tensor]:
-    from deepspeed import zero
-
-    state = model.state_dict()  # buffers, and placeholders of the parameters
-    for name, param in model.named_parameters():
-        with zero.GatheredParameters([param]):
-            if dist.get_rank() == 0:
-                state[name] = param.detach().cpu().clone()
-    return state
 
 
 def _one_line(error: BaseException) -> str:

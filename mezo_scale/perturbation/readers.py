@@ -15,16 +15,11 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 
-from mezo_scale.sharding import Site
+from mezo_scale.sharding import Site, schemes
 
 READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Torch modules with a fast path that fetches their children's parameters, taken only where nobody looks."""
-
-_WRAPPERS = (FullyShardedDataParallel, DistributedDataParallel)
-"""Their forward gathers, and then calls what they wrap: it is a hook in all but name."""
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
@@ -99,7 +94,7 @@ class Running:
         self._stack.append(None)
 
     def _starts(self, module: nn.Module, args: object) -> None:
-        if not isinstance(module, _WRAPPERS):
+        if schemes.unwrap(module) is None:  # a wrapper's forward gathers: it is a hook in all but name
             self._stack[-1] = module
 
     def _ended(self, module: nn.Module, args: object, output: object) -> None:

@@ -134,12 +134,9 @@ def _resolved(tree: Any) -> Any:
     return tree_map_only(Reading, lambda reading: reading.source.value_of(reading), tree)
 
 
-_GATHERING = ("torch.distributed.", "deepspeed.")
-
-
-def is_gathering(depth: int) -> bool:
-    """Whether the code that called is that of a library which moves shards, not a model's. `depth`: frames above."""
-    return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith(_GATHERING)
+def is_called_by(code: tuple[str, ...], depth: int) -> bool:
+    """Whether the code that called is in a module whose name begins with one of these. `depth`: frames above."""
+    return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith(code)
 
 
 Fetch = Callable[[nn.Module, str, Tensor], Tensor]

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -32,11 +31,11 @@ from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
 from mezo_scale.perturbation.pairing import PairingError, in_words
 from mezo_scale.perturbation.readers import Readers, Running, caller
-from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_gathering
+from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
 from mezo_scale.perturbation.weights import Branch, Weights, is_lookup, is_wide, stored
-from mezo_scale.sharding import Layout, Site, discover
+from mezo_scale.sharding import Layout, Site, discover, schemes
 
 
 class View:
@@ -70,8 +69,9 @@ class View:
         self._running = Running()
         self._pairing = pairing.Pairing(self._parents)
         self._runner = Runner(self.weights, self._pairing)
-        self.gathers = _gathers(model)
-        self._in_instances = _has_fsdp1(model)
+        self.gathers = self.layout.gathers
+        self._in_instances = self.layout.in_attributes
+        self._movers = schemes.movers()
         self._learning = False
         self._settled = False  # whether an evaluation has shown who reads what
         self._bypassed: set[Site] = set()
@@ -260,7 +260,7 @@ class View:
     def _fetch(self, module: nn.Module, name: str, got: Tensor) -> Tensor:
         """What a module gets that asks for a tensor of its own or of another module."""
         site = self._at.get((module, name))
-        if site is None or site in self._runner.held or is_gathering(2):
+        if site is None or site in self._runner.held or is_called_by(self._movers, 2):
             return got
         reading = Reading.of(got, site, self._running.module if self._learning else None, self)
         return reading if not isinstance(got, FakeTensor) else self.value_of(reading)
@@ -326,18 +326,6 @@ class View:
                 "as an attribute of its module"
             )
         return None
-
-
-def _gathers(model: nn.Module) -> bool:
-    """Whether a forward pass of the model gathers parameters from other ranks."""
-    return _has_fsdp1(model) or any(
-        isinstance(param, DTensor) or hasattr(param, "ds_id") for param in model.parameters()
-    )
-
-
-def _has_fsdp1(model: nn.Module) -> bool:
-    """Whether gathered parameters are ordinary attributes of their modules, as FSDP1 keeps them."""
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def _memory_of(tensor: Tensor) -> int | None:

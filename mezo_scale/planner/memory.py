@@ -1,4 +1,4 @@
-"""Peak memory of a step on one device, by arithmetic.
+"""Peak memory of a step on one device, and of saving on a host, by arithmetic.
 
 The largest of a few moments: while a unit's weights are copied out of the gathered buffer, and while it computes. What
 lies there at every moment: the shards, the root's gathered weights, and the view's scratch, which is kept from step to
@@ -65,6 +65,18 @@ def memory(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> 
     if strategy.offload is None:
         return Memory(shards, master, gathered, scratch, activations, logits)
     return Memory(0, 0, gathered, scratch, activations, logits, host=shards + master)
+
+
+def saving(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> int:
+    """Bytes of host memory that rank 0 needs to save a checkpoint, besides what it stores.
+
+    The largest parameter, whole, and another rank's part of it (`sharding/gather.py`). Where a checkpoint has other
+    shapes than the model, the largest tensor that is made of a parameter comes to that.
+    """
+    size = BYTES[workload.stored(strategy)]
+    shapes = (shape for unit in architecture(config).units for shape in unit.shapes)
+    parts = strategy.shard > 1
+    return size * max(math.prod(shape) + (shard_numel((shape,), strategy) if parts else 0) for shape in shapes)
 
 
 def shard_numel(shapes: Shapes, strategy: Strategy) -> int:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from mezo_scale.models.shapes import config_of
 from mezo_scale.planner.architecture import architecture
 from mezo_scale.planner.command import command
-from mezo_scale.planner.memory import Memory
+from mezo_scale.planner.memory import Memory, saving
 from mezo_scale.planner.plan import Cluster, Entry, devices_needed, plan, recommended, with_dry_run
 from mezo_scale.planner.rates import FORMULA, Rates
 from mezo_scale.planner.workload import GIB, Workload
@@ -95,6 +95,7 @@ class Report:
             "peak_gib": entry.memory.peak / GIB,
             "memory_gib": {part: getattr(entry.memory, part) / GIB for part in _PARTS},
             "host_gib_per_node": entry.host_gib,
+            "saving_host_gib": saving(self.config, strategy, self.workload) / GIB,
             "gathered_gib_per_step": moved.gathered / GIB,
             "inside_node_gib_per_step": moved.inside_node / GIB,
             "between_nodes_gib_per_step": moved.between_nodes / GIB,

@@ -20,7 +20,7 @@ MEANING = {
     EVALUATION: "of the dev and test splits, train.eval_batch examples at a time",
     INFERENCE: "one forward pass with the weights as they are, on the rows of the first training step",
     STEPS: "all branches of every step, and the writing of the weights",
-    CHECKPOINT: "rank 0 gathers the whole model",
+    CHECKPOINT: "rank 0 gathers one parameter at a time",
 }
 
 

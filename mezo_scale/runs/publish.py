@@ -6,7 +6,7 @@ import torch
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import checkpoints, save
 from mezo_scale.optim.replay import replay
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
@@ -34,7 +34,7 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None) -> int:
     screen = Screen(world)
     with screen.counting("replaying") as progress:
         steps = replay(model, records, until, progress=progress)
-    checkpoints.write(model, tokenizer, out)
+    save.write(model, tokenizer, out)
     return steps
 
 

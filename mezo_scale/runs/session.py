@@ -22,7 +22,7 @@ from mezo_scale.distributed.memory import give_back, keep_memory_steady
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import save
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs.console import Screen, StepProgress
@@ -117,9 +117,9 @@ class Trainer:
     def _finish(self, results: dict[str, Any]) -> None:
         """The checkpoint, the report, and what the screen shows of them."""
         if self.recipe.output.checkpoint:
-            gc.collect()  # the optimizer's scratch and the last step's batch, before rank 0 holds the whole model
+            gc.collect()  # the optimizer's scratch and the last step's batch make room for what rank 0 gathers
             with self.memory.phase(CHECKPOINT):
-                checkpoints.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
+                save.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
         commands, memory = self._commands(), self.memory.all_gib()
         if self.world.rank == 0:
             write_report(

@@ -20,40 +20,60 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from mezo_scale.errors import ShardingError
+from mezo_scale.sharding.adapter import Adapter, Stored
 from mezo_scale.sharding.shard import Runs
 
 Indices = npt.NDArray[np.int64]
 
 
-def owns(param: torch.Tensor) -> bool:
-    return isinstance(param, DTensor)
+class DTensors(Adapter):
+    movers = ("torch.distributed.",)
 
+    def owns(self, param: torch.Tensor) -> bool:
+        return isinstance(param, DTensor)
 
-def local(param: DTensor) -> tuple[torch.Tensor, Runs, int]:
-    """Local storage (1-D), its runs, the replica's number."""
-    stored = param._local_tensor.detach()
-    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
-    if coordinate is None:
-        raise ShardingError(f"this rank is not part of the mesh {mesh}: start one process per mesh position")
-    runs = runs_of(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), param.placements)
-    if not stored.is_contiguous() or int(runs[:, 2].sum()) != stored.numel():
-        raise ShardingError(
-            f"a DTensor of shape {tuple(param.shape)} with placements {param.placements} stores {tuple(stored.shape)} "
-            f"here, but its placements say {int(runs[:, 2].sum())} contiguous elements: this layout is not supported"
+    def stored(self, name: str, param: Any) -> Stored:
+        stored = param._local_tensor.detach()
+        mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
+        if coordinate is None:
+            raise ShardingError(f"this rank is not part of the mesh {mesh}: start one process per mesh position")
+        runs = runs_of(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), param.placements)
+        if not stored.is_contiguous() or int(runs[:, 2].sum()) != stored.numel():
+            raise ShardingError(
+                f"{name} is a DTensor of shape {tuple(param.shape)} with placements {param.placements} that stores "
+                f"{tuple(stored.shape)} here, but its placements say {int(runs[:, 2].sum())} contiguous elements: this "
+                "layout is not supported"
+            )
+        return Stored(tuple(param.shape), stored.view(-1), runs, _replica(mesh, coordinate, param.placements))
+
+    def storage(self, param: Any) -> torch.Tensor:
+        return param._local_tensor  # type: ignore[no-any-return]
+
+    def as_state(self, param: Any, elements: torch.Tensor) -> torch.Tensor:
+        """A DTensor that is placed as the parameter is."""
+        return DTensor.from_local(
+            elements.view(param._local_tensor.shape),
+            param.device_mesh,
+            param.placements,
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
         )
-    return stored.view(-1), runs, _replica(mesh, coordinate, param.placements)
 
+    def prepare(self, model: nn.Module) -> None:
+        """FSDP2's parameters get the storage that its first forward would give them."""
+        self.reshard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for group in _groups(module):
+                    for param in group.fsdp_params:
+                        param.reset_sharded_param()  # pads what was loaded later; else the first forward moves it
 
-def like(param: DTensor, stored: torch.Tensor) -> DTensor:
-    """A rank's elements, 1-D and of any dtype, as a DTensor that is placed as ``param`` is."""
-    return DTensor.from_local(
-        stored.view(param._local_tensor.shape),
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
+    def reshard(self, model: nn.Module) -> None:
+        """The root, and units that keep their gathered weights after a forward, would not see a write."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def runs_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any) -> Runs:
@@ -116,23 +136,6 @@ def _replica(mesh: DeviceMesh, coordinate: Sequence[int], placements: Any) -> in
         if isinstance(placement, Replicate):
             number = number * int(size) + position
     return number
-
-
-def prepare(model: nn.Module) -> None:
-    """Put FSDP2's parameters in their sharded form, in the storage that its first forward would give them."""
-    refresh(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in _groups(module):
-                for param in group.fsdp_params:
-                    param.reset_sharded_param()  # pads what was loaded after sharding; else the first forward moves it
-
-
-def refresh(model: nn.Module) -> None:
-    """Drop gathered weights: the root, and units that keep theirs after a forward, would not see a write."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _groups(module: FSDPModule) -> list[Any]:

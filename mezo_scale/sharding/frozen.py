@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from mezo_scale import noise
-from mezo_scale.errors import ShardingError
-from mezo_scale.sharding import dtensor, plain
+from mezo_scale.errors import MezoError
+from mezo_scale.sharding import schemes
 from mezo_scale.sharding.discovery import modules, places, shard_of
 from mezo_scale.sharding.shard import Shard
 
@@ -18,7 +18,7 @@ def frozen(model: nn.Module) -> tuple[list[Shard], list[str]]:
     """What this rank stores of a discovered model's frozen weights and saved buffers, of any dtype; and, by name and
     type, those whose storage is not known (quantised weights of other libraries)."""
     held, unknown = [], []
-    for name, stored, kind in _frozen(model):
+    for name, stored, kind in (*_parameters(model), *buffers(model)):
         if stored is None:
             unknown.append(f"{name} {kind}")
         else:
@@ -26,8 +26,8 @@ def frozen(model: nn.Module) -> tuple[list[Shard], list[str]]:
     return held, unknown
 
 
-def _frozen(model: nn.Module) -> Iterator[tuple[str, Shard | None, str]]:
-    """(name, what is stored of it if that is known, type)."""
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Shard | None, str]]:
+    """(name, what is stored of it if that is known, type) of every frozen parameter."""
     seen: set[object] = set()
     for place in places(model):
         if place.trainable or place.identity in seen:
@@ -38,6 +38,10 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Shard | None, str]]:
         except Exception:  # a foreign kind of storage may fail at anything; its name and type still count
             stored = None
         yield place.name, stored, type(place.param).__qualname__
+
+
+def buffers(model: nn.Module) -> Iterator[tuple[str, Shard | None, str]]:
+    """As `_parameters`, of every buffer that a checkpoint holds."""
     for prefix, module in modules(model):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -46,11 +50,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Shard | None, str]]:
 
 def _of_buffer(name: str, buffer: torch.Tensor) -> Shard | None:
     try:
-        local, runs, replica = (
-            dtensor.local(buffer)
-            if isinstance(buffer, torch.distributed.tensor.DTensor)
-            else plain.local(buffer.contiguous())
-        )
-    except (ShardingError, RuntimeError):
+        stored = schemes.adapter_of(name, buffer).stored(name, buffer.contiguous())
+    except (MezoError, RuntimeError):
         return None
-    return Shard(name, noise.param_id(name), tuple(buffer.shape), local, runs, replica, decayed=False)
+    return Shard(name, noise.param_id(name), stored.shape, stored.local, stored.runs, stored.replica, decayed=False)

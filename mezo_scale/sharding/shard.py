@@ -75,6 +75,8 @@ class Layout:
         sites: where it is read.
         refresh: drops stale gathered copies after a write.
         parameters: per shard name, the parameter as the model lists it; FSDP1's flat parameter may be that of several.
+        gathers: whether a forward pass gets parameters, frozen ones too, from other ranks.
+        in_attributes: whether parameters are ordinary attributes of their modules while those run, as FSDP1 keeps them.
         is_current: whether the model still stores and reads these shards: not once it was wrapped, cast, loaded by
             assignment, frozen or given other modules. Puts what a forward has gathered back if it must look closer.
     """
@@ -83,6 +85,8 @@ class Layout:
     sites: list[Site]
     refresh: Callable[[], None]
     parameters: dict[str, nn.Parameter]
+    gathers: bool
+    in_attributes: bool
     is_current: Callable[[], bool]
 
 
@@ -90,6 +94,11 @@ def run(local_offset: int, global_start: int, length: int) -> Runs:
     """One contiguous run, or none when ``length`` is not positive."""
     rows = [(local_offset, global_start, length)] if length > 0 else []
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def memory_of(stored: torch.Tensor) -> tuple[object, ...]:
+    """Tells a storage from any other while it is kept alive, as layouts do. Fake tensors have no address to compare."""
+    return stored.untyped_storage()._cdata, stored.storage_offset(), stored.dtype, stored.shape
 
 
 def is_normalisation(module: nn.Module) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor
 
-from mezo_scale.sharding import dtensor, plain
+from mezo_scale.sharding import schemes
 
 
 def as_state(param: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     """A view of ``stored`` (1-D) in the parameter's shape and placements; as it is where the parameter has neither
     (FSDP1's flat ones, ZeRO-3's partitions)."""
-    if isinstance(param, DTensor):
-        return dtensor.like(param, stored)
-    return stored.view(param.shape) if plain.owns(param) and param.numel() == stored.numel() else stored
+    adapter = schemes.find(param)
+    return stored if adapter is None else adapter.as_state(param, stored)
 
 
 def fits(value: torch.Tensor, state: torch.Tensor) -> bool:

@@ -5,18 +5,17 @@ rests on, and losses would look right while the updates went to storage that nob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from mezo_scale.sharding import dtensor, flat_param, zero3
+from mezo_scale.sharding import schemes
+from mezo_scale.sharding.place import Place
+from mezo_scale.sharding.shard import memory_of
 
-Mark = tuple[object, ...]
 Parameters = dict[str, nn.Parameter | None]
-Getter = Callable[[Any], torch.Tensor]
-_LOCAL, _PARTITION = attrgetter("_local_tensor"), attrgetter("ds_tensor")
+Storage = Callable[[Any], torch.Tensor]
 
 
 class Watch:
@@ -24,33 +23,39 @@ class Watch:
 
     Args:
         model: as given to `discover`, in its sharded form.
-        places: (module, attr) of every parameter that is still its module's own.
+        places: all of its places.
+        paged: the parameters that lie on disk between forwards.
     """
 
-    def __init__(self, model: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
+    def __init__(self, model: nn.Module, places: Iterable[Place], paged: set[nn.Parameter]) -> None:
         self._children = [(module._modules, tuple(module._modules.values())) for module in model.modules()]
-        self._units = [(unit, _flat_mark(unit)) for unit in flat_param.units(model)]
-        own: dict[nn.Module, list[str]] = {module: [] for module in model.modules()}
-        for module, attr in places:
-            own[module].append(attr)
-        flattened = {module for part in flat_param.slices(model) for module, _ in part.places}
-        self._counts = [(module._parameters, len(module._parameters)) for module in own if module not in flattened]
-        self._tuned: list[tuple[Parameters, str, nn.Parameter, Getter | None, Mark]] = []
-        self._paged: list[tuple[Parameters, str, nn.Parameter, object]] = []
+        own: dict[nn.Module, list[Place]] = {module: [] for module in model.modules()}
+        inner = set()
+        for place in places:
+            if place.inner is None:
+                own[place.module].append(place)
+            else:
+                inner.add(place.module)
+        self._counts = [(module._parameters, len(module._parameters)) for module in own if module not in inner]
+        self._tuned: list[tuple[Parameters, str, nn.Parameter, Storage, tuple[object, ...]]] = []
+        self._paged: list[tuple[Parameters, str, nn.Parameter, Storage, torch.Tensor]] = []
         self._frozen: list[tuple[Parameters, str]] = []
-        for module, attrs in own.items():
-            for attr in attrs:
-                self._note(module._parameters, attr)
+        for module, listed in own.items():
+            for place in listed:
+                self._note(module._parameters, place, paged)
+        watches = [adapter.watch(model) for adapter in schemes.ADAPTERS]
+        self._others = [(watch, watch()) for watch in watches]
 
-    def _note(self, params: Parameters, attr: str) -> None:
-        param: Any = params[attr]
+    def _note(self, params: Parameters, place: Place, paged: set[nn.Parameter]) -> None:
+        param = place.param
         if not param.requires_grad:
-            self._frozen.append((params, attr))
-        elif zero3.owns(param) and zero3.paged(param) is not None:
-            self._paged.append((params, attr, param, param.ds_tensor))
+            self._frozen.append((params, place.attr))
+            return
+        storage = schemes.adapter_of(place.name, param).storage
+        if param in paged:
+            self._paged.append((params, place.attr, param, storage, storage(param)))
         else:
-            getter = _LOCAL if dtensor.owns(param) else _PARTITION if zero3.owns(param) else None
-            self._tuned.append((params, attr, param, getter, _mark(param if getter is None else getter(param))))
+            self._tuned.append((params, place.attr, param, storage, memory_of(storage(param))))
 
     def is_unchanged(self) -> bool:
         """Whether every storage that a layout would list is the one it listed."""
@@ -64,22 +69,10 @@ class Watch:
             param = params.get(attr)
             if param is not None and param.requires_grad:
                 return False
-        for params, attr, tuned, getter, mark in self._tuned:
-            if params.get(attr) is not tuned or not tuned.requires_grad:
+        for params, attr, tuned, storage, memory in self._tuned:
+            if params.get(attr) is not tuned or not tuned.requires_grad or memory_of(storage(tuned)) != memory:
                 return False
-            if _mark(tuned if getter is None else getter(tuned)) != mark:
+        for params, attr, tuned, storage, stored in self._paged:
+            if params.get(attr) is not tuned or not tuned.requires_grad or storage(tuned) is not stored:
                 return False
-        for params, attr, tuned, stored in self._paged:
-            if params.get(attr) is not tuned or not tuned.requires_grad or _PARTITION(tuned) is not stored:
-                return False
-        return all(_flat_mark(unit) == mark for unit, mark in self._units)
-
-
-def _mark(stored: torch.Tensor) -> Mark:
-    """Tells a storage from any other while it is kept alive, as layouts do. Fake tensors have no address to compare."""
-    return stored.untyped_storage()._cdata, stored.storage_offset(), stored.dtype, stored.shape
-
-
-def _flat_mark(unit: nn.Module) -> Mark:
-    flat, stored, trainable = flat_param.held(unit)
-    return id(flat), *_mark(stored), trainable
+        return all(watch() == state for watch, state in self._others)

@@ -6,8 +6,9 @@ DeepSpeed itself is not imported: its parameters carry what is needed (``ds_tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,34 +17,60 @@ import torch.distributed as dist
 from torch import nn
 
 from mezo_scale.errors import ShardingError
-from mezo_scale.sharding.shard import Runs, run
+from mezo_scale.sharding.adapter import Adapter, Stored
+from mezo_scale.sharding.shard import run
 
 
-def owns(param: torch.Tensor) -> bool:
-    return hasattr(param, "ds_id")
+class Zero3(Adapter):
+    movers = ("deepspeed.",)
 
+    def owns(self, param: torch.Tensor) -> bool:
+        return hasattr(param, "ds_id")
 
-def local(param: Any) -> tuple[torch.Tensor, Runs, int]:
-    """Local storage (1-D), its runs, the replica's number."""
-    stored = param.ds_tensor
-    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ShardingError(
-            f"ZeRO-3 stores a parameter as {stored.dtype} (quantised weights): switch the quantisation off"
-        )
-    rank = dist.get_rank(param.ds_process_group)
-    size = int(stored.ds_numel)
-    start = rank * size
-    ranks = dist.get_process_group_ranks(param.ds_process_group)
-    replica = dist.get_rank() // len(ranks)
-    runs = run(0, start, min(size, int(param.ds_numel) - start))
-    if _is_on_disk(param):
-        return torch.empty(size, dtype=stored.dtype, device="meta"), runs, replica
-    return stored.detach(), runs, replica
+    def stored(self, name: str, param: Any) -> Stored:
+        stored, group = param.ds_tensor, param.ds_process_group
+        if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ShardingError(
+                f"ZeRO-3 stores {name} as {stored.dtype} (quantised weights): switch the quantisation off"
+            )
+        size = int(stored.ds_numel)
+        start = dist.get_rank(group) * size
+        replica = dist.get_rank() // dist.get_world_size(group)
+        runs = run(0, start, min(size, int(param.ds_numel) - start))
+        shape = tuple(param.ds_shape)
+        if _is_on_disk(param):
+            nowhere = torch.empty(size, dtype=stored.dtype, device="meta")
+            return Stored(shape, nowhere, runs, replica, paged=partial(_open, param, keep=True))
+        return Stored(shape, stored.detach(), runs, replica)
 
+    def storage(self, param: Any) -> torch.Tensor:
+        return param.ds_tensor  # type: ignore[no-any-return]
 
-def paged(param: Any) -> Callable[[], AbstractContextManager[torch.Tensor]] | None:
-    """How to open a partition that lies on NVMe between forwards; None for whatever is in memory."""
-    return partial(_open, param, keep=True) if owns(param) and _is_on_disk(param) else None
+    def unwrap(self, module: nn.Module) -> nn.Module | None:
+        deepspeed = sys.modules.get("deepspeed")
+        if deepspeed is None or not isinstance(module, deepspeed.DeepSpeedEngine):
+            return None
+        if module.zero_optimization_stage() != 3:
+            raise ShardingError(
+                f"DeepSpeed runs at ZeRO stage {module.zero_optimization_stage()}: forward-only tuning shards "
+                'parameters, which is stage 3; set "zero_optimization": {"stage": 3}'
+            )
+        return module.module  # type: ignore[no-any-return]
+
+    def refresh(self, model: nn.Module) -> None:
+        """Gathered weights (small ones stay gathered) are brought up to date in place, in one all-gather a group.
+
+        Partitioning them instead would hide the release from DeepSpeed's count of gathered elements, which ends
+        prefetching.
+        """
+        owned: list[Any] = [param for param in model.parameters() if self.owns(param)]
+        gathered = [param for param in owned if param.ds_status.name == "AVAILABLE"]
+        for group in dict.fromkeys(param.ds_process_group for param in gathered):
+            members = [param for param in gathered if param.ds_process_group is group]
+            _gather(members, group)
+        for param in owned:  # a node's secondary partition (ZeRO++): made anew from the primary at the next gather
+            if getattr(param, "ds_secondary_tensor", None) is not None:
+                param.ds_secondary_tensor = None
 
 
 def _is_on_disk(param: Any) -> bool:
@@ -62,22 +89,6 @@ def _open(param: Any, keep: bool) -> Iterator[torch.Tensor]:
         swapper.swap_out_and_release([param])
     else:
         swapper.remove_partition_and_release_buffers([param])
-
-
-def refresh(model: nn.Module) -> None:
-    """Bring gathered weights up to date in place (persisted small parameters stay gathered), in one all-gather a group.
-
-    Partitioning them instead would hide the release from DeepSpeed's count of gathered elements, which ends
-    prefetching.
-    """
-    owned: list[Any] = [param for param in model.parameters() if owns(param)]
-    gathered = [param for param in owned if param.ds_status.name == "AVAILABLE"]
-    for group in dict.fromkeys(param.ds_process_group for param in gathered):
-        members = [param for param in gathered if param.ds_process_group is group]
-        _gather(members, group)
-    for param in owned:  # a node's secondary partition (ZeRO++): made anew from the primary at the next gather
-        if getattr(param, "ds_secondary_tensor", None) is not None:
-            param.ds_secondary_tensor = None
 
 
 def _gather(params: list[Any], group: Any) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mezo_scale import models
 from mezo_scale.distributed.world import SharedError, World
 from mezo_scale.errors import RecipeError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import save
 from mezo_scale.recipe import Recipe, parse
 from mezo_scale.runs.evaluate import Evaluation, evaluate
 from mezo_scale.sharding import shards
@@ -47,7 +47,7 @@ def there_and_back(folder: str, strategy: str, out: str) -> tuple[float, int, in
     with torch.no_grad():
         difference = candidate_scores(loaded.model, batch) - candidate_scores(plain, batch)
     stored = sum(shard.local.numel() for shard in shards(loaded.model))
-    checkpoints.write(loaded.model, loaded.tokenizer, Path(out))
+    save.write(loaded.model, loaded.tokenizer, Path(out))
     return difference.abs().max().item(), stored, sum(parameter.numel() for parameter in plain.parameters())
 
 
