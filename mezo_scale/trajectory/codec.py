@@ -20,6 +20,7 @@ nobody applied: the torn end is dropped when the file is next opened for appendi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -47,9 +48,9 @@ class Bits:
 
 def pack_header(header: Header) -> bytes:
     """The file's beginning."""
-    fields = {name: getattr(header, name) for name in header.__slots__}
-    if header.frozen is None:
-        del fields["frozen"]  # as before there was such a field: a file's header is packed again to find its length
+    # What is as it was before there was such a field is left out: a file's header is packed again to find its length.
+    given = ((field, getattr(header, field.name)) for field in dataclasses.fields(header))
+    fields = {field.name: value for field, value in given if value != field.default}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     return _PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text
 

@@ -15,8 +15,8 @@ class StepRecord:
 
     Attributes:
         step: counted from 0.
-        seeds: one per direction.
-        projected_grads: (L+ - L-) / (2 eps) per direction, as measured; not finite if a loss was not.
+        seeds: one per direction; those that the step measured, then those of earlier steps that its rule reads.
+        projected_grads: the slope along each direction, as measured; not finite if a loss was not.
         alphas: the float32 multipliers of z, direction by direction; with several parameter groups group by group.
         decays: the float32 multiplier of the weights, one per parameter group.
         loss: mean over all branches.
@@ -55,11 +55,13 @@ class Header:
         noise_version: see `mezo_scale.noise.VERSION`.
         fingerprint: of the values the weights had before the first step, whatever their layout.
         manifest: per trainable parameter [name, shape, dtype, parameter group, decayed].
-        num_directions, num_groups: the record's size follows from them.
+        num_directions, num_groups: the record's size follows from them. Directions are those of a step times the
+            steps that the rule reads.
         distribution, rounding: how z is drawn and how updates are stored.
         seed, eps: the run's; a replay needs neither, going on needs both.
         frozen: fingerprint of the weights and saved buffers that are not tuned. None if they were not all in memory,
             and in trajectories from before it was written: then they are not compared.
+        estimator, rule: how losses became multipliers; a replay needs neither. In the file only where they are others.
     """
 
     noise_version: int
@@ -72,6 +74,8 @@ class Header:
     seed: int
     eps: float
     frozen: str | None = None
+    estimator: str = "spsa"
+    rule: str = "sgd"
 
     def check_same(self, other: Header, where: str) -> None:
         """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
@@ -91,7 +95,7 @@ class Header:
                 f"{where} was made on other frozen weights (fingerprint {self.frozen}, these have {other.frozen}): "
                 "give the base model that it was trained on, loaded in the same dtype"
             )
-        for name in ("num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
+        for name in ("estimator", "rule", "num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise TrajectoryError(
