@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import mezo_scale as ms
 from mezo_scale.errors import TrajectoryError
@@ -106,6 +112,20 @@ def test_a_record_holds_the_steps_of_the_window_newest_first() -> None:
     assert all(records[-1].alphas)
 
 
+def test_a_rule_is_given_the_steps_that_were_and_no_padding(tmp_path: pathlib.Path) -> None:
+    given: list[int] = []
+
+    @dataclass(frozen=True)
+    class Watched(Momentum):
+        def step(self, window: Sequence[Measured], group: Mapping[str, Any]) -> tuple[list[float], float]:
+            given.append(len(window))
+            return super().step(window, group)
+
+    steps(made(rule=Watched(), trajectory=tmp_path / "t.mezo")[1], 2)
+    steps(made(rule=Watched(), trajectory=tmp_path / "t.mezo")[1], 4)
+    assert given == [1, 2, 3, 4, 4, 4]
+
+
 def test_a_skipped_step_is_not_in_the_window_of_those_after_it(tmp_path: pathlib.Path) -> None:
     model, opt = made(trajectory=tmp_path / "t.mezo")
     records = steps(opt, 5, bad=2)
@@ -140,6 +160,24 @@ def test_a_run_goes_on_from_its_state_with_the_window_it_had(tmp_path: pathlib.P
     opt.load_state_dict(saved["optimizer"])
     steps(opt, 7 - broken, bad=2)
     assert same(again, straight)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.filterwarnings("ignore:.*no process group.*|.*torch.distributed is.*|.*assuming the intent.*")
+def test_torch_s_checkpoints_carry_the_window(tmp_path: pathlib.Path, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, opt = made()
+    steps(opt, 3)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    dcp.save({"optim": get_optimizer_state_dict(model, opt, options=options)}, checkpoint_id=tmp_path / "c")
+    steps(opt, 2)
+    again, other = made()
+    again.load_state_dict(weights)
+    state = {"optim": get_optimizer_state_dict(again, other, options=options)}
+    dcp.load(state, checkpoint_id=tmp_path / "c")
+    set_optimizer_state_dict(again, other, state["optim"], options=options)
+    steps(other, 2)
+    assert same(again, model)
 
 
 @pytest.mark.parametrize(
