@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 
 from mezo_scale.perturbation import Branch
 
+__all__ = ["Estimator", "OneSided", "Spsa"]
+
 
 class Estimator(Protocol):
     """A frozen value. The gradient is estimated by the mean over directions k of gradients[k] z(seeds[k])."""

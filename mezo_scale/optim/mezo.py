@@ -54,9 +54,9 @@ class MeZO(torch.optim.Optimizer):
         distribution: "normal", or "rademacher" for z of +1 and -1.
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
-        estimator: where a step evaluates the loss, and what the losses say (see `mezo_scale.optim.estimators`); None:
+        estimator: where a step evaluates the loss, and what the losses say (see `mezo_scale.estimators`); None:
             `Spsa`, two-sided.
-        rule: how updates follow from what was measured (see `mezo_scale.optim.rules`); None: `Sgd`.
+        rule: how updates follow from what was measured (see `mezo_scale.rules`); None: `Sgd`.
         progress: called with (steps done, steps in all) while an existing trajectory is applied.
         hang_timeout: seconds that a step of several ranks may take, or ten times the slowest step before it if that is
             more; then the processes end, and say which rank did not come. None: they wait as long as the process group

@@ -16,6 +16,8 @@ import numpy as np
 
 from mezo_scale.trajectory import StepRecord
 
+__all__ = ["Measured", "Rule", "Sgd"]
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
