@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mezo_scale import noise
     from mezo_scale.errors import MezoError
-    from mezo_scale.optim import objectives
+    from mezo_scale.optim import estimators, objectives, rules
     from mezo_scale.optim.mezo import MeZO
     from mezo_scale.optim.replay import replay
     from mezo_scale.perturbation import View, perturbed
@@ -26,10 +26,12 @@ __all__ = [
     "StepRecord",
     "Trajectory",
     "View",
+    "estimators",
     "noise",
     "objectives",
     "perturbed",
     "replay",
+    "rules",
     "shards",
 ]
 
@@ -47,8 +49,10 @@ _ROOMS = {
 
 _MODULES = {
     "errors": "mezo_scale.errors",
+    "estimators": "mezo_scale.optim.estimators",
     "noise": "mezo_scale.noise",
     "objectives": "mezo_scale.optim.objectives",
+    "rules": "mezo_scale.optim.rules",
 }
 
 

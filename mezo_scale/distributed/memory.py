@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_LARGE = 4 << 20  # bytes of a block from which on it is mapped by itself
+_LARGE = 1 << 20  # bytes of a block from which on it is mapped by itself
 _TOP = 64 << 20  # free bytes at the heap's end from which on they go back to the system
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -30,7 +30,8 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        give_back()  # what loading has freed would count
+        if (libc := _glibc()) is not None:
+            libc.malloc_trim(0)  # what loading has freed would count
         if _CLEAR.exists():
             try:
                 _CLEAR.write_text("5")
@@ -59,17 +60,9 @@ def keep_memory_steady() -> None:
     libc = _glibc()
     if libc is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
+    libc.mallopt(-8, 1)  # M_ARENA_MAX: each thread's own heap would keep holes of its own
     libc.mallopt(-3, _LARGE)  # M_MMAP_THRESHOLD: fixed from here on
     libc.mallopt(-1, _TOP)  # M_TRIM_THRESHOLD
-
-
-def give_back() -> None:
-    """What this process has freed goes back to the system (glibc), from inside its heap too; takes milliseconds.
-
-    Blocks below 4 MiB of ever different sizes leave holes there, which add up over the steps of a run.
-    """
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

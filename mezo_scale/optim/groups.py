@@ -33,6 +33,16 @@ def check_owned(params: Iterable[Tensor], layout: Layout) -> None:
         )
 
 
+def added(params: Any, layout: Layout) -> list[Any]:
+    """The parameters of a group that is added: one, several, or (name, parameter) pairs. Raises ValueError."""
+    given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    try:
+        check_owned([param[1] if isinstance(param, tuple) else param for param in given], layout)
+    except ShardingError as error:
+        raise ValueError(str(error)) from None
+    return given
+
+
 def numbers(groups: Sequence[Group], layout: Layout, known: dict[str, int]) -> dict[str, int]:
     """Parameter group of each shard's name.
 

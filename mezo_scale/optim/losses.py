@@ -1,15 +1,11 @@
-"""n-SPSA: losses at theta + eps z_k and theta - eps z_k, summed over rows and ranks, and the slopes between them.
-
-Per branch a rank adds up its per-row losses in float64; per direction 16 bytes cross between ranks, and the row count
-once.
-"""
+"""The losses of a step's branches on one rank: per branch its rows' losses, added up in float64."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,8 +31,46 @@ class Sums:
     sums: list[float]
     count: float
 
+    def __add__(self, more: Sums) -> Sums:
+        """With those of more rows in the same branches."""
+        sums = [one + other for one, other in zip(self.sums, more.sums, strict=True)]
+        return Sums(sums, self.count + more.count)
 
-class Estimator:
+    @property
+    def mean(self) -> float:
+        """Over rows and branches."""
+        return sum(self.sums) / (len(self.sums) * self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A step that is being measured: where, and this rank's losses there so far."""
+
+    seeds: tuple[int, ...]
+    eps: float
+    branches: list[Branch]
+    sums: Sums | None = None
+
+    def __add__(self, more: Sums) -> UnderWay:
+        """With the losses of more rows."""
+        return replace(self, sums=more if self.sums is None else self.sums + more)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What `MeZO.step` and `MeZO.measure` are given: a closure, or a batch with its objective."""
+
+    closure: Callable[[], Any] | None
+    batch: Batch | None
+    objective: Objective | None
+    micro_batch: int | None
+
+    def is_nothing(self) -> bool:
+        """Whether nothing is to be evaluated."""
+        return self.closure is None and self.batch is None and self.objective is None
+
+
+class Evaluator:
     """Evaluates branches of one model, all in one forward where the model can be paired, else one at a time."""
 
     def __init__(self, model: nn.Module, view: View, *, paired: bool | None = None) -> None:
@@ -44,6 +78,21 @@ class Estimator:
         self.view = view
         self.paired = paired  # None until the start-up check has decided
         self.company = Company(model, view)
+
+    def losses(self, work: Work, branches: Sequence[Branch]) -> Sums:
+        """The losses in each branch, with the model in evaluation mode.
+
+        Raises:
+            ValueError: neither a closure nor a batch with its objective, or both; or they can't be evaluated.
+        """
+        with self.company.counted(), evaluating(self.model):
+            match work:
+                case Work(None, batch, objective, micro_batch) if batch is not None and objective is not None:
+                    return self.of_batch(batch, objective, branches, micro_batch)
+                case Work(closure, None, None) if closure is not None:
+                    with torch.no_grad():
+                        return self.of_closure(closure, branches)
+        raise ValueError("step and measure take either a closure, or both batch and objective")
 
     def of_batch(self, batch: Batch, objective: Objective, branches: Sequence[Branch], micro_batch: int | None) -> Sums:
         """Losses of a batch: ``objective`` sees its rows once per branch, in pieces of ``micro_batch`` rows per

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mezo_scale.errors import MezoError, ModelError, ShardingError
+from mezo_scale.errors import MezoError, ModelError
 from mezo_scale.noise import Noise, direction_seed
-from mezo_scale.optim import groups
+from mezo_scale.optim import estimators, exchange, groups, rules, saved
 from mezo_scale.optim.batch import Batch
 from mezo_scale.optim.heartbeat import Heartbeat
-from mezo_scale.optim.losses import Estimator, Objective, evaluating
-from mezo_scale.optim.measured import Measured, fail
+from mezo_scale.optim.losses import Evaluator, Objective, UnderWay, Work
 from mezo_scale.optim.reads import Reads
 from mezo_scale.optim.replay import Progress, apply_all_, describe, manifest, take_up
-from mezo_scale.optim.saved import check_positive, check_saved
+from mezo_scale.optim.rules import Measured
 from mezo_scale.optim.update import Writer
-from mezo_scale.perturbation import Branch, View
+from mezo_scale.perturbation import View
 from mezo_scale.sharding import discover
 from mezo_scale.sharding.discovery import check_not_hidden
 from mezo_scale.trajectory import StepRecord, Trajectory
@@ -41,7 +40,7 @@ class MeZO(torch.optim.Optimizer):
         lr, weight_decay: per parameter group, free for learning-rate schedulers. Decay is decoupled, and skips biases
             and the weights of normalisation modules.
         eps: scale of the perturbation.
-        num_directions: directions averaged per step (n-SPSA); each costs two forwards of the batch.
+        num_directions: directions averaged per step (n-SPSA), two forwards of the batch each; `estimator` has its own.
         seed: of the run; direction k of step t has a seed that follows from (seed, t, k).
         trajectory: path of the run's log. If the file exists and fits the model, its frozen weights, seed and eps, its
             steps are applied first and the run goes on after them (the model must hold the base weights). Written by
@@ -54,13 +53,16 @@ class MeZO(torch.optim.Optimizer):
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
         fingerprints: of what else the run depends on, name -> digest; an existing trajectory's must be the same.
+        estimator: where a step evaluates the loss, and what the losses say (see `mezo_scale.estimators`); None:
+            `Spsa`, two-sided.
+        rule: how updates follow from what was measured (see `mezo_scale.rules`); None: `Sgd`.
         progress: called with (steps done, steps in all) while an existing trajectory is applied.
         hang_timeout: seconds that a step may wait for a rank that has not entered it or no longer answers, or ten times
             the slowest step before it if that is more; then the processes end, and say which rank it is. None: they
             wait as long as the process group does.
 
     Raises:
-        ValueError: lr, eps, weight_decay or num_directions out of range.
+        ValueError: a number or a word that is none of these; num_directions besides an estimator with another number.
         ModelError, ShardingError: as for `mezo_scale.shards`.
         TrajectoryError: an existing trajectory that is damaged, belongs to another run, or is being written.
     """
@@ -81,45 +83,47 @@ class MeZO(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
         paired: bool | None = None,
         fingerprints: Mapping[str, str] | None = None,
+        estimator: estimators.Estimator | None = None,
+        rule: rules.Rule | None = None,
         progress: Progress | None = None,
         hang_timeout: float | None = 600.0,
     ) -> None:
-        check_positive("lr", lr)
-        check_positive("eps", eps)
-        if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise ValueError(f"weight_decay is {weight_decay}: expected a finite number, 0 or above")
-        if num_directions < 1:
-            raise ValueError(f"num_directions is {num_directions}: expected at least 1")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed}: expected 0 to 2**64 - 1")
-        noise = Noise(distribution)
-        view = View(model, dtype=dtype, noise=noise)
+        saved.check_options(lr, eps, weight_decay, seed)
+        self._estimator = estimators.chosen(estimator, num_directions)
+        self._rule = rules.Sgd() if rule is None else rule
+        view = View(model, dtype=dtype, noise=Noise(distribution))
         given = params if params is not None else [{"params": groups.listed(view.layout)}]
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
         self.model = model
         self.eps = eps
-        self.num_directions = num_directions
         self.seed = seed
         self.step_count = 0
         self.last_record: StepRecord | None = None
         self._dtype, self._paired = dtype, paired
-        self._measured: Measured | None = None
+        self._under_way: UnderWay | None = None
+        self._past: list[Measured] = []
         self._heartbeat = Heartbeat(hang_timeout)
-        self._estimator = Estimator(model, view, paired=paired)
+        self._evaluator = Evaluator(model, view, paired=paired)
         for group in self.param_groups:
             groups.check_owned(group["params"], view.layout)
         numbers = groups.numbers(self.param_groups, view.layout, {})
-        self._writer = Writer(view.layout, numbers, rounding=rounding, noise=noise)
+        self._writer = Writer(view.layout, numbers, rounding=rounding, noise=view.weights.noise)
         self._reads = Reads([shard.name for shard in view.layout.shards])
         self.trajectory = None if trajectory is None else self._open(trajectory, fingerprints, progress)
         if self.last_record is not None:
             self._reads.take_up(self.last_record.unread)
+            self._past = rules.past(self.last_record, self._rule, self.num_directions)
         self._publish()
+
+    @property
+    def num_directions(self) -> int:
+        """Directions per step."""
+        return self._estimator.num_directions
 
     @property
     def paired(self) -> bool | None:
         """Whether batches run all branches in one forward; None before the first step has found out."""
-        return self._estimator.paired
+        return self._evaluator.paired
 
     def measure(
         self,
@@ -143,9 +147,9 @@ class MeZO(torch.optim.Optimizer):
         """
         with self._heartbeat.inside(self.step_count):
             try:
-                return self._measure(closure, batch, objective, micro_batch)
+                return self._measure(Work(closure, batch, objective, micro_batch))
             except Exception as error:
-                if self._estimator.view.gathers and not self._estimator.company.is_whole:
+                if self._evaluator.view.gathers and not self._evaluator.company.is_whole:
                     self._heartbeat.give_up(self.step_count, error)
                 raise
 
@@ -182,32 +186,31 @@ class MeZO(torch.optim.Optimizer):
         - A model that was wrapped, cast, loaded by assignment or (un)frozen since the last step is looked at again.
           Under a trajectory its tuned weights must keep names, shapes, dtypes and groups, else a TrajectoryError says
           which does not; under rounding "master" their shards too, else a ShardingError.
-        - Without arguments and with nothing measured, nothing happens: torch.distributed.checkpoint steps every
-          optimizer that way.
+        - Without arguments and with nothing measured nothing happens: torch.distributed.checkpoint does that.
         - ``accelerate``'s wrapper passes the closure on only when it synchronises gradients, and drops the calls in
           between: to accumulate, call `measure` on the optimizer itself.
         """
-        if closure is not None or batch is not None or objective is not None:
+        work = Work(closure, batch, objective, micro_batch)
+        if not work.is_nothing():
             with self._heartbeat.inside(self.step_count):
-                self._measure_or_tell(closure, batch, objective, micro_batch)
-        if self._measured is None:
+                self._measure_or_tell(work)
+        if self._under_way is None:
             if any(float(group["lr"]) for group in self.param_groups):  # torch.distributed.checkpoint sets them to 0
                 warnings.warn(
                     "step() had nothing to apply: give it a closure or a batch, or measure first", stacklevel=2
                 )
             return 0.0
-        measured, self._measured = self._measured, None
+        under_way, self._under_way = self._under_way, None
         if not self._writer.layout.is_current():
             raise ModelError("the model was wrapped, cast or loaded between measuring and writing: measure again")
-        read = self._estimator.view.read
-        with self._heartbeat.inside(self.step_count):
-            record = measured.record(self.step_count, self.param_groups, self.last_record, self._reads, read)
+        record = self._record(under_way)
         self._reads.say()
-        self._estimator.company.finish()
+        self._evaluator.company.finish()
         if self.trajectory is not None:
             self.trajectory.append(record)
         self._writer.apply_([record])
         self.last_record = record
+        self._past = rules.past(record, self._rule, self.num_directions)
         self.step_count += 1
         return record.loss
 
@@ -222,13 +225,7 @@ class MeZO(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         layout = self._writer.layout if self._writer.layout.is_current() else discover(self.model)
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        try:
-            groups.check_owned([param[1] if isinstance(param, tuple) else param for param in params], layout)
-        except ShardingError as error:
-            raise ValueError(str(error)) from None
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**param_group, "params": groups.added(param_group["params"], layout)})
         try:
             self._follow()
         except MezoError:
@@ -249,21 +246,14 @@ class MeZO(torch.optim.Optimizer):
             ValueError: it is of another kind of run, or lacks something; then nothing has changed.
         """
         self._follow()
-        saved_groups = state_dict["param_groups"]
-        found = state_dict.get("mezo", saved_groups[0].get("mezo") if saved_groups else None) or {}
-        check_saved(found, self._run_state(), log_is_open=self.trajectory is not None)
-        names = groups.members(saved_groups)
-        mine = dict(zip(names, groups.members(self.param_groups), strict=False))  # torch refuses another number
-        remainders = {
-            mine[name]: entry["remainder"]
-            for name, entry in state_dict["state"].items()
-            if name in mine and "remainder" in entry
-        }
+        found = saved.run_state(state_dict, self._run_state(), log_is_open=self.trajectory is not None)
+        remainders = saved.remainders(state_dict, self.param_groups)
         self._writer.check_state(remainders)
-        super().load_state_dict({"state": {}, "param_groups": saved_groups})
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._writer.load_state_(remainders)
         self.step_count, self.seed, self.eps = int(found["step_count"]), int(found["seed"]), float(found["eps"])
-        self._measured = None
+        self._under_way = None
+        self._past = [Measured(tuple(seeds), tuple(grads)) for seeds, grads in found["past"]]
         self._reads.take_up(found["unread"])
         self._publish()
 
@@ -272,28 +262,24 @@ class MeZO(torch.optim.Optimizer):
             "step_count": self.step_count,
             "seed": self.seed,
             "eps": self.eps,
+            "estimator": self._estimator.name,
             "num_directions": self.num_directions,
+            "rule": rules.described(self._rule),
+            "past": [[list(measured.seeds), list(measured.projected_grads)] for measured in self._past],
             "distribution": self._writer.noise.kind,
             "rounding": self._writer.rounding,
             "unread": list(self._reads.unread),
         }
 
     def _publish(self) -> None:
-        """Put what a checkpoint must hold where torch looks: in the groups, the only part of a state that
-        torch.distributed.checkpoint keeps besides the parameters' own."""
-        for group in self.param_groups:
-            group["mezo"] = self._run_state()
-        self.state.clear()
-        if self._writer.state:
-            for param in groups.members(self.param_groups):
-                self.state[param] = {"remainder": self._writer.state[param]} if param in self._writer.state else {}
+        saved.publish_(self, self._run_state(), self._writer.state)
 
     def _follow(self) -> None:
         """Look at the model again if it is no longer the one that was looked at. Raises before anything changes."""
         if self._writer.layout.is_current():
             return
-        if self._measured is not None:
-            self._measured = None
+        if self._under_way is not None:
+            self._under_way = None
             raise ModelError("the model was wrapped, cast or loaded after it was measured: measure again")
         old = self._writer
         view = View(self.model, dtype=self._dtype, noise=old.noise)
@@ -305,66 +291,58 @@ class MeZO(torch.optim.Optimizer):
         if self.step_count:
             writer.take_over_(old)
         self._writer = writer
-        self._estimator = Estimator(self.model, view, paired=self._paired)
+        self._evaluator = Evaluator(self.model, view, paired=self._paired)
         self._reads.names = [shard.name for shard in view.layout.shards]
         groups.fill_(self.param_groups, view.layout, numbers)
         self._publish()
 
-    def _measure(
-        self,
-        closure: Callable[[], Any] | None,
-        batch: Batch | None,
-        objective: Objective | None,
-        micro_batch: int | None,
-    ) -> float:
-        if not (
-            (closure is not None and batch is None and objective is None)
-            or (closure is None and batch is not None and objective is not None)
-        ):
-            raise ValueError("step and measure take either a closure, or both batch and objective")
+    def _measure(self, work: Work) -> float:
         self._follow()
-        branches = self._branches() if self._measured is None else self._measured.branches
-        with self._estimator.company.counted(), evaluating(self.model):
-            if closure is not None:
-                with torch.no_grad():
-                    sums = self._estimator.of_closure(closure, branches)
-            else:
-                assert batch is not None
-                assert objective is not None
-                sums = self._estimator.of_batch(batch, objective, branches, micro_batch)
-        self._measured = Measured(branches, sums) if self._measured is None else self._measured + sums
-        return sum(sums.sums) / (len(branches) * sums.count)
+        under_way = self._under_way or self._begun()
+        sums = self._evaluator.losses(work, under_way.branches)
+        self._under_way = under_way + sums
+        return sums.mean
 
-    def _measure_or_tell(
-        self,
-        closure: Callable[[], Any] | None,
-        batch: Batch | None,
-        objective: Objective | None,
-        micro_batch: int | None,
-    ) -> None:
+    def _measure_or_tell(self, work: Work) -> None:
         """`measure`; if it fails here, the other ranks are told before the error is raised."""
         try:
-            self._measure(closure, batch, objective, micro_batch)
+            self._measure(work)
         except Exception as error:
-            self._measured = None
-            patience_s = PATIENCE_S if self._estimator.view.gathers else None
+            self._under_way = None
+            patience_s = PATIENCE_S if self._evaluator.view.gathers else None
+            branches = self._begun().branches
             with suppress(Exception):  # it is the first error that counts
-                self._estimator.keep_company(self._branches())
-            self._estimator.company.finish()
-            if not fail(self.step_count, self.last_record, 2 * self.num_directions, patience_s=patience_s):
+                self._evaluator.keep_company(branches)
+            self._evaluator.company.finish()
+            if not exchange.fail(self.step_count, self.last_record, len(branches), patience_s=patience_s):
                 self._heartbeat.give_up(self.step_count, error)
             raise
 
-    def _branches(self) -> list[Branch]:
-        seeds = [direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions)]
-        return [(seed, scale) for seed in seeds for scale in (self.eps, -self.eps)]
+    def _begun(self) -> UnderWay:
+        """This step with nothing measured."""
+        seeds = tuple(direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions))
+        return UnderWay(seeds, self.eps, self._estimator.branches(seeds, self.eps))
+
+    def _record(self, under_way: UnderWay) -> StepRecord:
+        """What the step does, the same on all ranks."""
+        assert under_way.sums is not None
+        step, read = self.step_count, self._evaluator.view.read
+        with self._heartbeat.inside(step):
+            losses = exchange.mean_losses(step, self.last_record, under_way.sums, self._reads, read)
+        grads = tuple(self._estimator.gradients(losses, under_way.eps))
+        window = [Measured(under_way.seeds, grads), *self._past]
+        loss = sum(losses) / len(losses)
+        return rules.record(step, self._rule, window, self.param_groups, loss, self._reads.unread)
 
     def _open(
         self, path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None, progress: Progress | None
     ) -> Trajectory:
         """Start a log, or take up the one that is there."""
-        kind = (self.num_directions, len(self.param_groups), self.seed, self.eps)
-        trajectory = take_up(path, describe(self.model, self._writer, *kind, fingerprints))
+        directions = self.num_directions * self._rule.window
+        kind = (directions, len(self.param_groups), self.seed, self.eps)
+        header = describe(self.model, self._writer, *kind, fingerprints)
+        header = replace(header, estimator=self._estimator.name, rule=rules.described(self._rule))
+        trajectory = take_up(path, header)
         with ExitStack() as undo:
             undo.callback(trajectory.release)
             apply_all_(self._writer, trajectory, len(trajectory), progress)

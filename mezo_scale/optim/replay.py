@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,8 @@ def replay(
     layout = discover(model)
     groups = {name: group for name, _, _, group, _ in header.manifest}
     writer = Writer(layout, groups, rounding=header.rounding, noise=Noise(header.distribution))
-    header.check_same(
-        describe(model, writer, header.num_directions, header.num_groups, header.seed, header.eps), "the trajectory"
-    )
+    here = describe(model, writer, header.num_directions, header.num_groups, header.seed, header.eps)
+    header.check_same(replace(here, estimator=header.estimator, rule=header.rule), "the trajectory")
     if until is not None and not 0 <= until <= len(trajectory):
         raise TrajectoryError(
             f"until is {until}, but the trajectory has {len(trajectory)} steps: expected 0 to {len(trajectory)}"

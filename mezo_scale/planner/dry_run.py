@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from mezo_scale import models
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import ShardingError
-from mezo_scale.optim.losses import Estimator
+from mezo_scale.optim.losses import Evaluator
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
 from mezo_scale.perturbation.scratch import Scratch
@@ -92,10 +92,10 @@ def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages"
         "label": torch.zeros(rows, dtype=torch.int64),
     }
     branches = [(branch // 2, 1e-3 if branch % 2 == 0 else -1e-3) for branch in range(workload.branches)]
-    estimator = Estimator(model, view, paired=True)
+    evaluator = Evaluator(model, view, paired=True)
     for _ in range(2):
         before = storages.gathered
-        estimator._evaluate(batch, objective, branches)
+        evaluator._evaluate(batch, objective, branches)
     gathered = storages.gathered - before
     seeds = tuple(dict.fromkeys(seed for seed, _ in branches))
     ones = (1.0,) * len(seeds)

@@ -18,7 +18,7 @@ from mezo_scale import models
 from mezo_scale.collectives import broadcast_bytes, max_integer
 from mezo_scale.distributed import preflight
 from mezo_scale.distributed.layout import Strategy
-from mezo_scale.distributed.memory import give_back, keep_memory_steady
+from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
@@ -72,10 +72,6 @@ def train(recipe: Recipe) -> None:
         splits.check_same(world)
         world.check_shared(run.path)
         Trainer(recipe, world, run, splits).go(max_integer(done))
-
-
-GIVE_BACK_EVERY = 20
-"""Steps after which freed memory goes back to the system."""
 
 
 class Trainer:
@@ -184,8 +180,6 @@ class Trainer:
                 self._infer(optimizer.step_count)
                 while optimizer.step_count < total:
                     self._step(optimizer, metrics, progress, skips)
-                    if self.world.device.type == "cpu" and optimizer.step_count % GIVE_BACK_EVERY == 0:
-                        give_back()
                     if number := interruption.after(optimizer.step_count):
                         self._stop(optimizer.step_count, number)
         finally:

@@ -19,6 +19,7 @@ hash over the file checks it all, and a record that was moved, left out or taken
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -39,8 +40,9 @@ _PAYLOAD, _TRAILER = 24, 12  # bytes before and after a record's payload
 
 def pack_header(header: Header, magic: bytes = MAGIC) -> bytes:
     """A file's beginning."""
-    fields = {name: getattr(header, name) for name in header.__slots__}
-    present = {name: value for name, value in fields.items() if value is not None}
+    # What is as it was before there was such a field is left out: a file's header is packed again to find its length.
+    given = ((field, getattr(header, field.name)) for field in dataclasses.fields(header))
+    present = {field.name: value for field, value in given if value != field.default}
     text = json.dumps(present, sort_keys=True, separators=(",", ":")).encode()
     return _PREFIX.pack(magic, len(text), zlib.crc32(text)) + text
 

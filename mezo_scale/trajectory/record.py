@@ -18,8 +18,8 @@ class StepRecord:
 
     Attributes:
         step: counted from 0.
-        seeds: one per direction.
-        projected_grads: (L+ - L-) / (2 eps) per direction, as measured; not finite if a loss was not.
+        seeds: one per direction; those that the step measured, then those of earlier steps that its rule reads.
+        projected_grads: the slope along each direction, as measured; not finite if a loss was not.
         alphas: the float32 multipliers of z, direction by direction; with several parameter groups group by group.
         decays: the float32 multiplier of the weights, one per parameter group.
         loss: mean over all branches.
@@ -58,7 +58,8 @@ class Header:
         noise_version: see `mezo_scale.noise.VERSION`.
         fingerprint: of the values the weights had before the first step, whatever their layout.
         manifest: per trainable parameter [name, shape, dtype, parameter group, decayed].
-        num_directions, num_groups: the record's size follows from them.
+        num_directions, num_groups: the record's size follows from them. Directions are those of a step times the
+            steps that the rule reads.
         distribution, rounding: how z is drawn and how updates are stored.
         seed, eps: the run's; a replay needs neither, going on needs both.
         frozen: fingerprint of the weights and saved buffers that are not tuned. None if they were not all in memory,
@@ -67,8 +68,10 @@ class Header:
             with equal settings. None in files of version 1.
         fingerprints: of what else the run was made with, by name ("data", "config"), from whoever made the optimizer.
             Names that only one of two headers has are not compared.
+        estimator, rule: how losses became multipliers; a replay needs neither.
 
-    A field that is None is left out of the file. Raises ValueError for types and numbers that no run could have.
+    A field that has its default is left out of the file. Raises ValueError for types and numbers that no run could
+    have.
     """
 
     noise_version: int
@@ -83,14 +86,23 @@ class Header:
     frozen: str | None = None
     run_id: str | None = None
     fingerprints: dict[str, str] | None = None
+    estimator: str = "spsa"
+    rule: str = "sgd"
 
     def __post_init__(self) -> None:
         counts = (self.num_directions, self.num_groups)
         if not all(type(count) is int and count >= 1 for count in counts) or math.prod(counts) > _MOST:
             raise ValueError(f"num_directions and num_groups are {counts}: expected 1 or more, {_MOST} multipliers")
-        texts = (self.fingerprint, self.distribution, self.rounding, *(self.fingerprints or {}).values())
+        texts = (
+            self.fingerprint,
+            self.distribution,
+            self.rounding,
+            self.estimator,
+            self.rule,
+            *(self.fingerprints or {}).values(),
+        )
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("fingerprint, distribution, rounding and fingerprints are text")
+            raise ValueError("fingerprint, distribution, rounding, estimator, rule and fingerprints are text")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}: expected an integer of 64 bits without sign")
         if not (isinstance(self.eps, int | float) and type(self.noise_version) is int):
@@ -125,7 +137,7 @@ class Header:
                     f"{where} was made with other {what} (fingerprint {mine[what]}, this run has {theirs[what]}): give "
                     f"the {what} that it was begun with, or begin a new run"
                 )
-        for name in ("num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
+        for name in ("estimator", "rule", "num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
             value, given = getattr(self, name), getattr(other, name)
             if value != given:
                 raise TrajectoryError(

@@ -1,0 +1,101 @@
+"""What ranks tell each other in a step: losses, and what they have to know of each other.
+
+All of it takes one all-reduce. Besides the losses it carries whether the ranks' last records agree, whether any of them
+has read a parameter for the first time, and whether any of them has failed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection
+
+from mezo_scale import collectives
+from mezo_scale.errors import RankError, ViewError
+from mezo_scale.optim.losses import Sums
+from mezo_scale.optim.reads import Reads
+from mezo_scale.trajectory import StepRecord
+
+
+def mean_losses(step: int, last: StepRecord | None, mine: Sums, reads: Reads, read: Collection[str]) -> list[float]:
+    """The mean loss over all ranks' rows in each branch, the same on all ranks. Every rank must call it, or `fail`.
+
+    Args:
+        last: the record before; the ranks compare it.
+        mine: this rank's losses.
+        reads: what the ranks know to be read; `read` of this rank is added.
+
+    Raises:
+        RankError: a rank's ``last`` record is another one, or a rank has failed; it is named.
+        ViewError: no rank has read any of the parameters.
+    """
+    (*sums, count), news = _exchange(step, last, [*mine.sums, mine.count], reads.news(read))
+    if news:
+        reads.agree(read)
+    if len(reads.unread) == len(reads.names):
+        raise ViewError(
+            "the losses were computed without reading any of the model's trainable parameters: evaluate the model "
+            "that the optimizer was made with"
+        )
+    return [value / count for value in sums]
+
+
+def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float | None) -> bool:
+    """Tell the other ranks that this one has no losses for the step: they raise a `RankError` instead of waiting.
+
+    Where they are in the middle of gathering weights with this rank, they can't be told that way.
+
+    Args:
+        patience_s: how long to wait for them; None: as long as the process group does.
+
+    Returns:
+        Whether they know.
+    """
+    if not collectives.is_distributed():
+        return True
+    try:
+        _exchange(step, last, [0.0] * (branches + 1), 0, failed=True, patience_s=patience_s)
+    except RankError:
+        return True
+    except Exception:  # torch's own, of many kinds: the others did not come
+        return False
+    return True
+
+
+def _exchange(
+    step: int,
+    last: StepRecord | None,
+    sums: list[float],
+    news: int,
+    *,
+    failed: bool = False,
+    patience_s: float | None = None,
+) -> tuple[list[float], bool]:
+    """The sums over all ranks, and whether any rank has news. Raises RankError as `mean_losses` does."""
+    digest = _digest(last)
+    mine = [*sums, digest, digest**2, float(news), float(failed)]
+    *totals, digests, squares, newer, failures = collectives.sum_scalars(mine, timeout_s=patience_s)
+    if failures:
+        ranks = [rank for rank, other in enumerate(collectives.gather_integers(int(failed))) if other]
+        raise RankError(
+            f"rank {', '.join(map(str, ranks))} failed while it evaluated step {step}, and says why itself: the step "
+            "was taken on no rank"
+        )
+    # Equality in Cauchy-Schwarz: all digests are the same. In whole numbers, for any number of ranks.
+    if int(squares) * collectives.world_size() != int(digests) ** 2:
+        _name_odd_ranks(digest, step - 1)
+    return totals, newer > 0
+
+
+def _name_odd_ranks(digest: int, step: int) -> None:
+    everyone = collectives.gather_integers(digest)
+    usual = max(set(everyone), key=everyone.count)
+    odd = ", ".join(str(rank) for rank, other in enumerate(everyone) if other != usual)
+    raise RankError(
+        f"rank {odd} recorded another step {step} than the other ranks: give all ranks the same seed, eps, learning "
+        "rate and schedule"
+    )
+
+
+def _digest(record: StepRecord | None) -> int:
+    """16 bits of a record, so that the sum of their squares is exact in float64, for up to two million ranks."""
+    return zlib.crc32(repr(record).encode()) & 0xFFFF
