@@ -19,8 +19,7 @@ from mezo_scale.recipe import Recipe, parse
 from mezo_scale.runs.evaluate import Evaluation, evaluate
 from mezo_scale.sharding import shards
 from mezo_scale.sharding.fingerprint import local_hash
-from mezo_scale.tasks.encoding import Encoded, collate
-from mezo_scale.tasks.objectives import candidate_scores
+from mezo_scale.tasks.kinds.candidates import Encoded, candidate_scores, collate
 from tests.support import material
 from tests.support.pool import Ranks
 
