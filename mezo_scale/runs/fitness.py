@@ -27,7 +27,7 @@ def check_model(loaded: Loaded, kind: Kind[Any, Any], rows: Sequence[Any], recip
         SharedError: on every rank, if the model can't do this kind of task or takes padding for text.
     """
     with torch.no_grad(), loaded.compute():
-        reason = kind.refusal(loaded.model, to_device(kind.collate(rows[:1]), loaded.device))
+        reason = kind.refusal(loaded.model, to_device(kind.collate(rows[:1], max_length=1), loaded.device))
     if collectives.max_integer(int(reason is not None)):
         raise SharedError(
             f"model.name: {recipe.model.name} {reason or 'was refused by another rank'}: give a model that task.name="

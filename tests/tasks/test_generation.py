@@ -208,14 +208,14 @@ def test_what_can_not_be_posed_is_refused(question: Question | None, fields: dic
 def test_a_masked_language_model_reads_ahead_unless_it_is_made_a_decoder(family: str) -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **sizes, intermediate_size=48, max_position_embeddings=64)
-    text = pad_left([[40, 41, 42, 43]], 1)
-    assert reads_ahead(AutoModelForCausalLM.from_config(config).eval(), *text)
+    config = AutoConfig.for_model(family, **sizes, intermediate_size=48, max_position_embeddings=128)
+    text = torch.tensor([[40, 41, 40, 43, *[44] * 90]])
+    assert reads_ahead(AutoModelForCausalLM.from_config(config).eval(), text)
     config.is_decoder = True
-    assert not reads_ahead(AutoModelForCausalLM.from_config(config).eval(), *text)
+    assert not reads_ahead(AutoModelForCausalLM.from_config(config).eval(), text)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_writes_does_not(name: str) -> None:
-    assert not reads_ahead(material.build(name), *pad_left([[40, 41, 42, 43]], 0))
-    assert not reads_ahead(material.build(name), *pad_left([[40, 41, 42, 42]], 0))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not reads_ahead(material.build(name).to(dtype), torch.tensor([[40, 41, 40, 43]]))

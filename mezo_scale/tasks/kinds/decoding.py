@@ -60,19 +60,22 @@ def greedy(
     return Decoded(tokens, finite)
 
 
-def reads_ahead(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> bool:
+def reads_ahead(model: nn.Module, input_ids: Tensor) -> bool:
     """Whether what a model says at a position depends on later tokens, as masked language models do: those can't write.
 
     Args:
-        input_ids, attention_mask: int64 [rows, tokens], padded on the left, at least two of a row's tokens text.
+        input_ids: int64 [1, tokens], at least two, without padding. The first few are looked at: among many tokens the
+            others drown in a model that attends to all alike.
     """
-    other = input_ids.clone()
-    other[:, -1] = torch.where(input_ids[:, -1] == input_ids[:, -2], 0, input_ids[:, -2])
+    one = input_ids[:, :4]
+    first = one[:, :1]
+    other = torch.cat([first, torch.where(one[:, 1:] == first, (first == 0).long(), first)], 1)
+    mask = torch.ones_like(one)
     with torch.no_grad():
-        one, two = (forward(model, ids, attention_mask, 2, use_cache=False).logits[:, -2] for ids in (input_ids, other))
+        logits = [forward(model, ids, mask, one.shape[1], use_cache=False).logits[:, 0] for ids in (one, other)]
     # Rounding may differ: a mixture of experts sorts its tokens.
-    least = torch.finfo(one.dtype).eps ** 0.5 * one.abs().nan_to_num(0, 0, 0).max()
-    return bool((one - two).abs().nan_to_num(0, 0, 0).max() > least)
+    least = max(1e-4, 2 * torch.finfo(logits[0].dtype).eps) * logits[0].abs().nan_to_num(0, 0, 0).max()
+    return bool((logits[0] - logits[1]).abs().nan_to_num(0, 0, 0).max() > least)
 
 
 def _cached(cache: Any) -> dict[str, Any]:

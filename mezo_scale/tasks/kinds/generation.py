@@ -136,7 +136,7 @@ class Generation(Kind[EncodedQuestion, str | None]):
         return answer_log_probs(model, batch["whole_ids"], batch["whole_mask"], batch["scored"])
 
     def refusal(self, model: nn.Module, batch: Batch) -> str | None:
-        if reads_ahead(model, batch["whole_ids"], batch["whole_mask"]):
+        if reads_ahead(model, batch["whole_ids"]):
             return "reads the tokens after a position, as masked language models do, and can't write an answer"
         return None
 

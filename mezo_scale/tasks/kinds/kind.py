@@ -61,7 +61,11 @@ class Kind(Protocol[Row, Prediction]):
         ...
 
     def refusal(self, model: nn.Module, batch: Batch) -> str | None:
-        """Why this model can't do this kind of task, for a message; None if it can. All ranks get the same batch."""
+        """Why this model can't do this kind of task, for a message; None if it can.
+
+        Args:
+            batch: one row without padding, the same on all ranks.
+        """
         return None
 
     def baselines(self, train: Sequence[Row], test: Sequence[Row]) -> dict[str, Score]:
