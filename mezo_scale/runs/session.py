@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from mezo_scale import models
 from mezo_scale.collectives import broadcast_bytes, max_integer
@@ -37,6 +36,7 @@ from mezo_scale.runs.splits import EncodedSplits, prepare
 from mezo_scale.sharding import shards
 from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
+from mezo_scale.tasks.kinds.kind import Within
 from mezo_scale.tasks.order import share, step_indices
 from mezo_scale.trajectory import Trajectory
 
@@ -87,6 +87,7 @@ class Trainer:
         if world.present:
             self.screen.show(preflight.table(world.present))
         self.loaded = models.load(recipe, world)
+        self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
         self.screen.say(
@@ -193,7 +194,7 @@ class Trainer:
         rows = self.recipe.train.micro_batch
         batch = {name: leaf[:rows] for name, leaf in self._batch(step).items()}
         with self.memory.phase(INFERENCE), torch.no_grad():
-            self._losses(self.loaded.model, batch)
+            self.objective(self.loaded.model, batch)
 
     def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress, skips: Skips) -> None:
         recipe, step = self.recipe, optimizer.step_count
@@ -201,7 +202,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        loss = optimizer.step(batch=self._batch(step), objective=self._losses, micro_batch=recipe.train.micro_batch)
+        loss = optimizer.step(batch=self._batch(step), objective=self.objective, micro_batch=recipe.train.micro_batch)
         seconds = time.perf_counter() - start
         record = optimizer.last_record
         assert record is not None, "a step was just taken"
@@ -224,10 +225,6 @@ class Trainer:
         axes = self.loaded.strategy.axes
         chosen = [examples[row] for row in share(rows, axes.rows_rank(self.world.rank), axes.rows_size)]
         return to_device(self.kind.collate(chosen, recipe.train.objective), self.loaded.device)
-
-    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        with self.loaded.compute():
-            return self.kind.objectives[objective_of(self.recipe, self.kind)](model, batch)
 
     def _evaluate(self, rows: Sequence[Any], what: str) -> Score:
         with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):

@@ -1,5 +1,6 @@
 """Answers that are written: how they are decoded, compared and learned from."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -219,3 +220,17 @@ def test_a_masked_language_model_reads_ahead_unless_it_is_made_a_decoder(family:
 def test_a_model_that_writes_does_not(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert not reads_ahead(material.build(name).to(dtype), torch.tensor([[40, 41, 40, 43]]))
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_model_that_mixes_rows_is_found_out_though_what_it_writes_is_worth_nothing(mixes: bool) -> None:
+    asker, model = kind(max_new_tokens=3), material.build("llama")
+    if mixes:
+        model.model.layers[0].register_forward_hook(lambda module, args, output: output + output.mean(0, keepdim=True))
+    batch = asker.collate([asker.encode(Question(prompt, (" zz",))) for prompt in ("the plot is", "its cast")])
+    optimizer = ms.MeZO(model, eps=1e-3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert optimizer.step(batch=batch, objective=asker.objectives["f1"]) == 1.0
+    assert optimizer._estimator.paired is not mixes
+    assert any("can't evaluate several branches in one batch" in str(warning.message) for warning in said) == mixes

@@ -66,8 +66,8 @@ class Generation(Kind[EncodedQuestion, str | None]):
             )
         self.objectives: dict[str, Objective] = {
             "language_modeling": lambda model, batch: -self.log_probs(model, batch),
-            "f1": self._written(f1),
-            "exact_match": self._written(exact_match),
+            "f1": Written(self, f1),
+            "exact_match": Written(self, exact_match),
         }
 
     def encode(self, example: Question) -> EncodedQuestion:
@@ -140,15 +140,6 @@ class Generation(Kind[EncodedQuestion, str | None]):
             return "reads the tokens after a position, as masked language models do, and can't write an answer"
         return None
 
-    def _written(self, grade: Callable[[str, str], float]) -> Objective:
-        """1 minus the grade of what the model writes; NaN where its logits are not finite."""
-
-        def objective(model: nn.Module, batch: Batch) -> Tensor:
-            grades = best(grade, self.predict(model, batch), batch["answers"])
-            return 1 - torch.tensor(grades, dtype=torch.float32, device=batch["input_ids"].device)
-
-        return objective
-
     def _ends(self, token: int) -> bool:
         """Whether an answer is over at this token: the end of the text, or of the line."""
         if token not in self._ending:
@@ -158,6 +149,18 @@ class Generation(Kind[EncodedQuestion, str | None]):
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text.partition("\n")[0].strip()  # several tokens may make one line's end
+
+
+class Written:
+    """The objective that is 1 minus the grade of what the model writes; NaN where its logits are not finite."""
+
+    def __init__(self, kind: Generation, grade: Callable[[str, str], float]) -> None:
+        self._kind, self._grade = kind, grade
+        self.smooth = kind.log_probs
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        grades = best(self._grade, self._kind.predict(model, batch), batch["answers"])
+        return 1 - torch.tensor(grades, dtype=torch.float32, device=batch["input_ids"].device)
 
 
 def best(

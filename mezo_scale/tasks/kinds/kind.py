@@ -1,6 +1,7 @@
 """What a kind of task is. All that is above the tasks (training, evaluation, reports) knows this and `Score` only."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -9,11 +10,26 @@ from mezo_scale.tasks.encoding import Batch
 from mezo_scale.tasks.score import Score
 
 Objective = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> losses of the batch's rows, float32 [rows]. It may jump: nothing is differentiated.
+"""(model, batch) -> losses of the batch's rows, float32 [rows]. It may jump, for nothing is differentiated; then it
+has a ``smooth``, an objective of the same batch that does not (`mezo_scale.optim.losses.Objective`).
 
 The optimizer repeats a batch once per branch along dim 0: what it computes must keep rows apart and in their order. All
 ranks must call the model equally often, whatever is in their rows: a sharded forward pass needs them all.
 """
+
+
+class Within:
+    """An objective that is computed in a context: autocast, or nothing."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]], objective: Objective) -> None:
+        self._context, self._objective = context, objective
+        if hasattr(objective, "smooth"):
+            self.smooth = Within(context, objective.smooth)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        with self._context():
+            return self._objective(model, batch)
+
 
 Row = TypeVar("Row")
 Prediction = TypeVar("Prediction")
