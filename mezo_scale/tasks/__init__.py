@@ -79,7 +79,7 @@ def objective_of(recipe: Recipe, kind: Kind[Any, Any]) -> str:
         return next(iter(kind.objectives))
     if name not in kind.objectives:
         raise RecipeError(
-            f"train.objective: found {name!r}; {_nearest(name, kind.objectives)} for task.name={recipe.task.name}"
+            f"train.objective: found {name!r} for task.name={recipe.task.name}; {_nearest(name, kind.objectives)}"
         )
     return name
 

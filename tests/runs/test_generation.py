@@ -2,19 +2,26 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mezo_scale import models
+from mezo_scale.distributed.world import World
 from mezo_scale.errors import MezoError, RecipeError, SharedError
-from mezo_scale.recipe import Recipe, load
-from mezo_scale.runs.evaluate import evaluate_recipe
+from mezo_scale.recipe import Recipe, TaskSection, load, parse
+from mezo_scale.runs.evaluate import evaluate, evaluate_recipe
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
+from mezo_scale.tasks import Question, Score
+from mezo_scale.tasks.kinds.generation import Generation
 from tests.support import material, questions
+from tests.support.pool import Ranks
 
 MakeRecipe = Callable[..., Recipe]
 Run = Callable[..., tuple[int, str, str]]
@@ -65,6 +72,26 @@ def test_a_run_learns_to_write_the_answers(squad: MakeRecipe) -> None:
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
+def written(folder: str, strategy: str, batch_size: int) -> Score:
+    """The score of seven questions whose answers are what the model writes, but for the last."""
+    recipe = parse({"model": {"name": folder}, "task": {"data": "d"}, "sharding": {"strategy": strategy}})
+    loaded = models.load(recipe, World.from_environment())
+    kind = Generation(loaded.tokenizer, TaskSection(name="squad", data="d", max_length=96, max_new_tokens=4))
+    prompts = [row["context"] for row in questions.rows(7)]
+    rows = [kind.encode(Question(prompt, (" nothing",))) for prompt in prompts]
+    with torch.no_grad():
+        texts = [kind.predict(loaded.model, kind.collate([row]))[0] for row in rows]
+    right = [replace(row, answers=(str(text),)) for row, text in zip(rows, texts, strict=True)]
+    return evaluate(loaded, kind, right[:6] + rows[6:], batch_size)
+
+
+def test_written_answers_are_graded_alike_on_any_number_of_ranks(ranks: Ranks, model_folder: Path) -> None:
+    (alone,) = ranks(1, written, folder=str(model_folder), strategy="single", batch_size=7)
+    assert alone.metrics["exact_match"].total == 6
+    # 7 questions over 3 ranks in rounds of 6: the last round has a row for one rank only.
+    assert ranks(3, written, folder=str(model_folder), strategy="fsdp2", batch_size=2) == [alone] * 3
+
+
 def test_the_command_line_names_the_metric(squad: MakeRecipe, run: Run, tmp_path: Path) -> None:
     recipe = squad()
     (tmp_path / "squad.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
@@ -89,8 +116,11 @@ def test_a_masked_language_model_is_not_asked_to_write(squad: MakeRecipe, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["objective=exact_macth"], "found 'exact_macth'; did you mean exact_match. for task.name=squad"),
-        (["objective=candidates"], "found 'candidates'; expected language_modeling or f1 or exact_match for"),
+        (["objective=exact_macth"], "found 'exact_macth' for task.name=squad; did you mean exact_match"),
+        (
+            ["objective=candidates"],
+            "found 'candidates' for task.name=squad; expected language_modeling or f1 or exact_match",
+        ),
         (["max_new_tokens=95"], r"max_new_tokens is 95, which leaves no room .* \(96\): expected at most 94"),
         (["candidates=[' a', ' b']"], "task.candidates is given, but task.name is squad"),
         (["task.name=sentiment"], "task.max_new_tokens is 4, but task.name is sentiment"),

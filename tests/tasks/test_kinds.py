@@ -104,8 +104,8 @@ def test_a_name_is_registered_once(toy: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "said"),
     [
-        ("surprize", "train.objective: found 'surprize'; did you mean surprise. for task.name=toy"),
-        ("candidates", "train.objective: found 'candidates'; expected surprise for task.name=toy"),
+        ("surprize", "train.objective: found 'surprize' for task.name=toy; did you mean surprise"),
+        ("candidates", "train.objective: found 'candidates' for task.name=toy; expected surprise"),
     ],
 )
 def test_an_objective_that_the_kind_has_not_is_refused_before_anything_is_written(
