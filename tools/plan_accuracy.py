@@ -128,7 +128,7 @@ def rank(rank: int, ranks: int, name: str, master: bool, rows: int, tokens: int,
     import mezo_scale as ms
     from mezo_scale.models import shard_fsdp2
     from mezo_scale.models.shapes import config_of, skeleton
-    from mezo_scale.tasks.objectives import candidates_loss
+    from mezo_scale.tasks.kinds.candidates import candidates_loss
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.FileStore(f"{folder}/store", ranks))

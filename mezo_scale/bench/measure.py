@@ -35,7 +35,7 @@ from mezo_scale.models.shapes import config_of
 from mezo_scale.models.units import units
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.sharding import discover, shards
-from mezo_scale.tasks.objectives import candidates_loss
+from mezo_scale.tasks.kinds.candidates import candidates_loss
 
 _BASELINES = Path("tools") / "baselines.py"
 

@@ -26,7 +26,7 @@ def evaluate(
     until: Until = None,
     processes: Processes = None,
 ) -> None:
-    """Measure the accuracy of a recipe's model, or of a run's after its last step (or --until another)."""
+    """Measure the score of a recipe's model, or of a run's after its last step (or --until another)."""
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
     from mezo_scale.models.checkpoints import silence_transformers
@@ -36,8 +36,6 @@ def evaluate(
 
     found, steps = evaluate_recipe(parsed, split.value, until)
     if is_first_rank():
-        low, high = found.interval
-        typer.echo(
-            f"{parsed.model.name} after {steps} steps: accuracy on {split.value} {found}, "
-            f"95% interval {low:.1%} to {high:.1%}"
-        )
+        main = found.metrics[found.main]
+        interval = f", 95% interval {main.low:.1%} to {main.high:.1%}" if main.low is not None else ""
+        typer.echo(f"{parsed.model.name} after {steps} steps: {found.main} on {split.value} {found}{interval}")

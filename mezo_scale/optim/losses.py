@@ -18,7 +18,8 @@ from mezo_scale.perturbation import Branch, PairingError, View
 from mezo_scale.perturbation.pairing import in_words
 
 Objective = Callable[[nn.Module, Any], Tensor]
-"""(model, batch) -> losses of the batch's rows, [rows]."""
+"""(model, batch) -> losses of the batch's rows, [rows]. One that jumps, as the score of a text does, may have a
+``smooth``, another of the same batch: by it the start-up check tells two ways of computing a forward apart."""
 
 PROBE = 10.0
 """The start-up check perturbs this many eps: branches then differ by far more than two ways of computing one branch."""
@@ -174,10 +175,13 @@ class Evaluator:
         Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together.
         """
         probe = [(seed, PROBE * scale) for seed, scale in branches[:2]]
-        apart = self._apart(batch, objective, probe)
+        compared = getattr(objective, "smooth", objective)
+        apart = self._apart(batch, compared, probe)
         reason = ""
         try:
-            together = self._together(batch, objective, probe)
+            together = self._together(batch, compared, probe)
+            if compared is not objective:
+                self._together(batch, objective, probe)  # it may take paths that the other does not
             tolerance = 1e-3 if _widest(self.view) == torch.float32 else 3e-2
             if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"

@@ -30,7 +30,7 @@ from mezo_scale.perturbation import View
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.planner.memory import Memory
 from mezo_scale.planner.workload import BYTES, Workload
-from mezo_scale.tasks.objectives import candidates_loss
+from mezo_scale.tasks.kinds.candidates import candidates_loss
 from mezo_scale.trajectory import StepRecord
 
 SHARDS, GATHERED, SCRATCH, LOGITS, ACTIVATIONS = "shards", "gathered", "scratch", "logits", "activations"

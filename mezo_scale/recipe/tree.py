@@ -54,7 +54,7 @@ class ModelSection(Section):
 class TaskSection(Section):
     """The task and its data."""
 
-    name: str = Field("sentiment", description="Which task reads the data and poses the question.")
+    name: str = Field("sentiment", description="Which task reads the data and poses the question: sentiment or squad.")
     data: str = Field(
         description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
         "with one such file each for train, validation and test; or the name of a dataset on the hub (its train split)."
@@ -71,7 +71,13 @@ class TaskSection(Section):
         None,
         strict=False,
         min_length=2,
-        description="The answers, one per label and in the order of the labels; null means the task's own.",
+        description="The answers, one per label and in the order of the labels; null means the task's own. For tasks "
+        "that choose among answers.",
+    )
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of an answer at most, within max_length; null means 16. For answers that are written.",
     )
     train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
     dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
@@ -117,10 +123,12 @@ class TrainSection(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="Examples per forward pass on one rank, to bound activation memory; null means all."
     )
-    objective: Literal["candidates", "language_modeling"] = Field(
-        "candidates",
-        description="candidates: cross-entropy over the candidates' scores (the mean log-probability of their tokens). "
-        "language_modeling: the loss on the right candidate's tokens, over the whole vocabulary.",
+    objective: str | None = Field(
+        None,
+        description="What is minimised; null means the first of those that the task has. sentiment: candidates "
+        "(cross-entropy over the candidates' scores, the mean log-probability of their tokens), language_modeling (the "
+        "loss on the right candidate's tokens, over the whole vocabulary). squad: language_modeling, f1, exact_match "
+        "(1 minus the score of what the model writes).",
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")

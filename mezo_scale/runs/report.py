@@ -8,30 +8,54 @@ from rich.table import Table
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
 from mezo_scale.runs.memory import MEANING
+from mezo_scale.tasks.score import interval_key
 
-RESULT_COLUMNS = ("test split", "accuracy", "95% interval", "examples")
+_TITLES = {"majority": "majority class", "zero_shot": "zero-shot"}
 
 
-def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The results of a run, under RESULT_COLUMNS."""
-    rows = []
-    for title, key in (("majority class", "majority"), ("zero-shot", "zero_shot"), ("tuned", "tuned")):
-        found = results.get(key)
-        if found is None:
-            continue
-        low, high = found["interval_95"]
-        name = f"{title}, {_steps(found)}" if key == "tuned" else title
+def results_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """The results of a run, as `Score.as_dict` writes them, in rows of cells; the first row names the columns.
+
+    The main metric has a column, and every other one that has an interval.
+    """
+    main = main_metric(results["zero_shot"])
+    others = [
+        name for name in results["zero_shot"] if interval_key(name, main) in results["zero_shot"] and name != main
+    ]
+    shown = [main, *others]
+    header = ["test split", *(cell for name in shown for cell in (name, "95% interval")), "examples"]
+    ends = [key for key in ("zero_shot", "tuned") if key in results]
+    rows = [header]
+    for key in [*(key for key in results if key not in ends), *ends]:
+        found = results[key]
+        title = _TITLES.get(key, key.replace("_", " "))
         count = f"{found['count']:,}" + (f", {found['not_finite']:,} not finite" if found.get("not_finite") else "")
-        rows.append((name, f"{found['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", count))
+        cells = (cell for name in shown for cell in _cells(found, name, main))
+        rows.append([f"{title}, {_steps(found)}" if key == "tuned" else title, *cells, count])
     return rows
 
 
+def main_metric(found: Mapping[str, Any]) -> str:
+    """The metric that decides; runs of before there were several name none."""
+    main: str = found.get("main", "accuracy")
+    return main
+
+
+def _cells(found: Mapping[str, Any], name: str, main: str) -> tuple[str, str]:
+    if found.get(name) is None:
+        return "", ""
+    if interval_key(name, main) not in found:
+        return f"{found[name]:.4f}", ""
+    low, high = found[interval_key(name, main)]
+    return f"{found[name]:.1%}", f"{low:.1%} to {high:.1%}"
+
+
 def as_table(rows: Sequence[Sequence[str]], title: str) -> Table:
-    """`result_rows` for the screen."""
+    """`results_table` for the screen."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in RESULT_COLUMNS:
-        table.add_column(name, justify="left" if name == RESULT_COLUMNS[0] else "right")
-    for row in rows:
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows[1:]:
         table.add_row(*row)
     return table
 
@@ -51,6 +75,7 @@ def write_report(
         memory_gib: by phase, of the session that ends with this report.
     """
     _plot(run, results)
+    header, *rows = results_table(results)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)
     median = f"{seconds[len(seconds) // 2]:.2f} s per step (median), " if seconds else ""
@@ -61,12 +86,12 @@ def write_report(
         f"eps {recipe.optimizer.eps:g}, {recipe.optimizer.num_directions} direction(s), seed {recipe.optimizer.seed}; "
         f"{median}{layout}.",
         "",
-        f"| {' | '.join(RESULT_COLUMNS)} |",
-        "|---|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in result_rows(results)),
+        f"| {' | '.join(header)} |",
+        "|---" * len(header) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
         "",
         *_explanations(results),
-        f"![loss and accuracy]({run.plot.name})",
+        f"![loss and {main_metric(results['tuned'])}]({run.plot.name})",
         "",
         "Peak memory of the rank that took most, in this session. On CUDA it is what torch's allocator held, on a CPU "
         "the resident memory of the process, with the interpreter and the libraries in it.",
@@ -101,9 +126,9 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = run.read_metrics()
+    lines, main = run.read_metrics(), main_metric(results["tuned"])
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    dev = [(line["step"], line["dev_accuracy"]) for line in lines if "dev_accuracy" in line]
+    dev = [(line["step"], line[f"dev_{main}"]) for line in lines if line.get(f"dev_{main}") is not None]
     figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if steps:
         left.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -111,12 +136,14 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
     left.set(xlabel="step", ylabel="loss")
     right = left.twinx()
     if dev:
-        right.plot(*zip(*dev, strict=True), color="tab:orange", marker="o", label="accuracy on dev")
+        right.plot(*zip(*dev, strict=True), color="tab:orange", marker="o", label=f"{main} on dev")
     for key, style in (("zero_shot", ":"), ("tuned", "--")):
-        accuracy = results[key]["accuracy"]
-        label = f"accuracy on test, {key.replace('_', '-')}: {accuracy:.1%}"
-        right.axhline(accuracy, color="tab:green", linestyle=style, label=label)
-    right.set(ylabel="accuracy", ylim=(0, 1))
+        if results[key][main] is not None:
+            label = f"{main} on test, {key.replace('_', '-')}: {_cells(results[key], main, main)[0]}"
+            right.axhline(results[key][main], color="tab:green", linestyle=style, label=label)
+    right.set(ylabel=main)
+    if interval_key(main, main) in results["tuned"]:
+        right.set(ylim=(0, 1))
     handles = [artist for axes in (left, right) for artist in axes.get_legend_handles_labels()[0]]
     left.legend(handles=handles, loc="lower left", fontsize="small")
     beside = run.plot.with_name(run.plot.name + ".partial")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from mezo_scale import models
 from mezo_scale.collectives import broadcast_bytes, max_integer
@@ -27,16 +26,17 @@ from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.evaluate import Evaluation, evaluate, majority
+from mezo_scale.runs.evaluate import evaluate
+from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
-from mezo_scale.runs.padding import check_padding
-from mezo_scale.runs.report import as_table, result_rows, write_report
+from mezo_scale.runs.report import as_table, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
-from mezo_scale.runs.splits import EncodedSplits
+from mezo_scale.runs.splits import EncodedSplits, prepare
 from mezo_scale.sharding import shards
-from mezo_scale.tasks.encoding import Batch, Encoded, collate
-from mezo_scale.tasks.objectives import OBJECTIVES
+from mezo_scale.tasks import Kind, Score, objective_of
+from mezo_scale.tasks.encoding import Batch, to_device
+from mezo_scale.tasks.kinds.kind import Within
 from mezo_scale.tasks.order import share, step_indices
 from mezo_scale.trajectory import Trajectory
 
@@ -67,24 +67,28 @@ def train(recipe: Recipe) -> None:
                     f"train.batch_size is {rows}, but there are {world.size} processes: give each at least one row, "
                     f"train.batch_size={world.size}"
                 )
+            recipe, kind = prepare(recipe)
             done = _steps_done(recipe, run) if world.rank == 0 else 0
-            splits = EncodedSplits.read(recipe)
+            splits = EncodedSplits.read(recipe, kind)
         splits.check_same(world)
         world.check_shared(run.path)
-        Trainer(recipe, world, run, splits).go(max_integer(done))
+        Trainer(recipe, world, run, kind, splits).go(max_integer(done))
 
 
 class Trainer:
     """One session of a run: from the base model to the end of the recipe's steps."""
 
-    def __init__(self, recipe: Recipe, world: World, run: RunDirectory, splits: EncodedSplits) -> None:
-        self.recipe, self.world, self.run, self.splits = recipe, world, run, splits
+    def __init__(
+        self, recipe: Recipe, world: World, run: RunDirectory, kind: Kind[Any, Any], splits: EncodedSplits
+    ) -> None:
+        self.recipe, self.world, self.run, self.kind, self.splits = recipe, world, run, kind, splits
         self.screen = Screen(world)
         self.memory = PhaseMemory(world.device)
         if world.ranks:
             self.screen.show(preflight.table(world.ranks))
         self.loaded = models.load(recipe, world)
-        check_padding(self.loaded, splits.test, recipe)
+        self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
+        check_model(self.loaded, kind, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
@@ -98,8 +102,9 @@ class Trainer:
         if "zero_shot" not in results:
             zero_shot = self._evaluate(self.splits.test, "zero-shot")
             results["zero_shot"] = zero_shot.as_dict()
-            results["majority"] = majority(self.splits.train, self.splits.test).as_dict()
-            self.screen.say(f"zero-shot accuracy on test: {zero_shot}")
+            for name, baseline in self.kind.baselines(self.splits.train, self.splits.test).items():
+                results[name] = baseline.as_dict()
+            self.screen.say(f"zero-shot {zero_shot.main} on test: {zero_shot}")
         if done:
             left = self.recipe.train.steps - done
             self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
@@ -126,7 +131,7 @@ class Trainer:
                 memory,
                 commands,
             )
-        self.screen.show(as_table(result_rows(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
+        self.screen.show(as_table(results_table(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
         if STEPS in memory:
             peak, alone = memory[STEPS], memory[INFERENCE]
             self.screen.say(f"peak memory per rank {peak:.2f} GiB; inference alone {alone:.2f} GiB (same batch)")
@@ -197,9 +202,9 @@ class Trainer:
     def _infer(self, step: int) -> None:
         """One forward pass with the weights as they are, on a step's rows: what its memory is compared with."""
         rows = self.recipe.train.micro_batch
-        batch = {name: tensor[:rows] for name, tensor in self._batch(step).items()}
+        batch = {name: leaf[:rows] for name, leaf in self._batch(step).items()}
         with self.memory.phase(INFERENCE), torch.no_grad():
-            self._losses(self.loaded.model, batch)
+            self.objective(self.loaded.model, batch)
 
     def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress, skips: Skips) -> None:
         recipe, step = self.recipe, optimizer.step_count
@@ -207,7 +212,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        loss = optimizer.step(batch=self._batch(step), objective=self._losses, micro_batch=recipe.train.micro_batch)
+        loss = optimizer.step(batch=self._batch(step), objective=self.objective, micro_batch=recipe.train.micro_batch)
         seconds = time.perf_counter() - start
         record = optimizer.last_record
         assert record is not None, "a step was just taken"
@@ -218,15 +223,10 @@ class Trainer:
         if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
             memory_gib = self.memory.most_gib(STEPS)
             with self.memory.phase(EVALUATION):
-                dev = evaluate(self.loaded, self.splits.dev, recipe.train.eval_batch, max_length=recipe.task.max_length)
-            metrics.log(
-                step + 1,
-                dev_accuracy=dev.accuracy,
-                dev_loss=dev.loss,
-                dev_not_finite=dev.not_finite,
-                memory_gib=memory_gib,
-            )
-            progress.note(f"step {step + 1}: accuracy on dev {dev}")
+                dev = evaluate(self.loaded, self.kind, self.splits.dev, recipe.train.eval_batch)
+            values = {f"dev_{name}": metric.value for name, metric in dev.metrics.items()}
+            metrics.log(step + 1, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
+            progress.note(f"step {step + 1}: {dev.main} on dev {dev}")
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
@@ -234,18 +234,11 @@ class Trainer:
         rows = step_indices(recipe.optimizer.seed, step, len(examples), recipe.train.batch_size)
         axes = self.loaded.strategy.axes
         chosen = [examples[row] for row in share(rows, axes.rows_rank(self.world.rank), axes.rows_size)]
-        if recipe.train.objective == "language_modeling":
-            chosen = [example.gold for example in chosen]
-        batch = collate(chosen, self.loaded.tokenizer.pad_token_id, recipe.task.max_length)
-        return {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
+        return to_device(self.kind.collate(chosen, recipe.train.objective), self.loaded.device)
 
-    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        with self.loaded.compute():
-            return OBJECTIVES[self.recipe.train.objective](model, batch)
-
-    def _evaluate(self, examples: Sequence[Encoded], what: str) -> Evaluation:
+    def _evaluate(self, rows: Sequence[Any], what: str) -> Score:
         with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
-            return evaluate(self.loaded, examples, self.recipe.train.eval_batch, progress, self.recipe.task.max_length)
+            return evaluate(self.loaded, self.kind, rows, self.recipe.train.eval_batch, progress)
 
     def _commands(self) -> dict[str, str]:
         programs = Path(sys.executable).parent

@@ -15,7 +15,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, SharedError
 from mezo_scale.models import checkpoints
 from mezo_scale.recipe import Recipe
-from mezo_scale.tasks.encoding import Encoded, encode
+from mezo_scale.tasks import Kind
 
 _POSITIONS = re.compile(r"wpe|positions?_(?!bias)|_positions?|\bpos_|_pos\b")  # in names of modules and buffers
 
@@ -24,18 +24,17 @@ _POSITIONS = re.compile(r"wpe|positions?_(?!bias)|_positions?|\bpos_|_pos\b")  #
 class EncodedSplits:
     """A task's splits in a model's tokens."""
 
-    train: Sequence[Encoded]
-    dev: Sequence[Encoded]
-    test: Sequence[Encoded]
+    train: Sequence[Any]
+    dev: Sequence[Any]
+    test: Sequence[Any]
 
     @classmethod
-    def read(cls, recipe: Recipe) -> "EncodedSplits":
-        """Raises RecipeError or ModelError if the data or the tokenizer is not there or does not fit."""
+    def read(cls, recipe: Recipe, kind: Kind[Any, Any]) -> "EncodedSplits":
+        """Raises RecipeError or ModelError if the data is not there or does not fit."""
         _check_positions(recipe)
         splits = tasks.load(recipe.task)
-        tokenizer = checkpoints.load_tokenizer(recipe.model.name)
         parts = (splits.train, splits.dev, splits.test)
-        return cls(*([encode(example, tokenizer, recipe.task.max_length) for example in part] for part in parts))
+        return cls(*([kind.encode(example) for example in part] for part in parts))
 
     def digest(self) -> int:
         """The first 64 bits of a SHA-256 of every token and label in order, signed."""
@@ -56,6 +55,18 @@ class EncodedSplits:
                 f"task.data: {names}{more} found other examples or tokens than {_name(0, world)}: give all nodes the "
                 "same files of the data and the tokenizer"
             )
+
+
+def prepare(recipe: Recipe) -> tuple[Recipe, Kind[Any, Any]]:
+    """The recipe with its objective written out, and the kind of its task.
+
+    Raises:
+        RecipeError: there is no such task or objective, or a field does not fit them.
+        ModelError: the tokenizer can't be read.
+    """
+    kind = tasks.kind_of(recipe.task, checkpoints.load_tokenizer(recipe.model.name))
+    section = recipe.train.model_copy(update={"objective": tasks.objective_of(recipe, kind)})
+    return recipe.model_copy(update={"train": section}), kind
 
 
 def _name(rank: int, world: World) -> str:

@@ -1,15 +1,11 @@
-"""What every task comes down to: a prompt, the answers that may follow it, and which of them is right."""
+"""What tasks make of their rows: a prompt, and what is right after it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from mezo_scale.errors import RecipeError
-from mezo_scale.tasks.order import permutation
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question.
+    """A question with answers to choose from.
 
     Attributes:
         prompt: the text before the answer.
@@ -21,32 +17,24 @@ class Example:
     candidates: tuple[str, ...]
     label: int
 
+    def contradicts(self, other: "Example") -> str | None:
+        """What one prompt can't have both of, in words; None if the examples agree."""
+        return f"the labels {self.label} and {other.label}" if self.label != other.label else None
+
 
 @dataclass(frozen=True)
-class Splits:
-    """A task's examples, in three parts that share none."""
+class Question:
+    """A question whose answer is written.
 
-    train: tuple[Example, ...]
-    dev: tuple[Example, ...]
-    test: tuple[Example, ...]
-
-
-def split(examples: Sequence[Example], train: int, dev: int, test: int, seed: int) -> Splits:
-    """Deals the examples out by a seeded permutation. The test split does not move when `train` or `dev` changes.
-
-    Raises:
-        RecipeError: if there are fewer examples than asked for.
+    Attributes:
+        prompt: the text before the answer.
+        answers: texts that are right, at least one, each with its leading space if it has one. The first is what a
+            loss on tokens is taken of.
     """
-    asked = train + dev + test
-    if asked > len(examples):
-        raise RecipeError(
-            f"task.train {train} + task.dev {dev} + task.test {test} = {asked}, but the data has {len(examples)} "
-            "different examples: ask for fewer"
-        )
-    drawn = draw(examples, asked, seed)
-    return Splits(test=drawn[:test], dev=drawn[test : test + dev], train=drawn[test + dev :])
 
+    prompt: str
+    answers: tuple[str, ...]
 
-def draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
-    """The first `count` examples of a seeded permutation, or all of them where there are fewer."""
-    return tuple(examples[index] for index in permutation(seed, 0, len(examples))[:count])
+    def contradicts(self, other: "Question") -> str | None:
+        """Never: a question may have several right answers."""
+        return None

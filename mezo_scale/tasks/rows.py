@@ -56,7 +56,7 @@ def fill(template: str, row: Row) -> str:
 
 def label_of(row: Row, count: int) -> int:
     """The number in the column `label`. Raises RecipeError unless it is one of 0 to count - 1, written as such."""
-    value = _column(row, "label", "rename the one that is meant")
+    value = column(row, "label", "rename the one that is meant")
     # 1.0, true and "01" are what other programs make of labels, and of much else.
     known = range(count) if isinstance(value, int) and not isinstance(value, bool) else [str(n) for n in range(count)]
     if value not in known:
@@ -64,6 +64,18 @@ def label_of(row: Row, count: int) -> int:
             f"task.data: {row.place} has the label {value!r:.60}, expected 0 to {count - 1}, the number of a candidate"
         )
     return int(value)
+
+
+def column(row: Row, name: str, remedy: str) -> Any:
+    """A row's value in a column. Raises RecipeError, with the remedy, if there is none of that name."""
+    if name in row.fields:
+        return row.fields[name]
+    names = {str(column).lower(): str(column) for column in row.fields}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    nearest = f" (did you mean {names[close[0]]!r:.60}?)" if close else ""
+    raise RecipeError(
+        f"task.data: {row.place} has no column {name!r}{nearest}; it has {shown(list(row.fields))}: {remedy}"
+    )
 
 
 class _Filler(string.Formatter):
@@ -75,7 +87,7 @@ class _Filler(string.Formatter):
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(key, int):
             raise ValueError("braces without a name")
-        return _column(self.row, key, "name one of them in task.template")
+        return column(self.row, key, "name one of them in task.template")
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         value, key = super().get_field(field_name, args, kwargs)
@@ -97,17 +109,6 @@ def _unlike_text(value: Any) -> str | None:
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             return "half a surrogate pair"
     return None
-
-
-def _column(row: Row, name: str, remedy: str) -> Any:
-    if name in row.fields:
-        return row.fields[name]
-    names = {str(column).lower(): str(column) for column in row.fields}
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    nearest = f" (did you mean {names[close[0]]!r:.60}?)" if close else ""
-    raise RecipeError(
-        f"task.data: {row.place} has no column {name!r}{nearest}; it has {shown(list(row.fields))}: {remedy}"
-    )
 
 
 def _of_subset(rows: list[Row], section: TaskSection, path: Path) -> list[Row]:

@@ -16,11 +16,11 @@ from mezo_scale.distributed.world import SharedError, World
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
 from mezo_scale.recipe import Recipe, parse
-from mezo_scale.runs.evaluate import Evaluation, evaluate
+from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.sharding import shards
 from mezo_scale.sharding.fingerprint import local_hash
-from mezo_scale.tasks.encoding import Encoded, collate
-from mezo_scale.tasks.objectives import candidate_scores
+from mezo_scale.tasks import Score
+from mezo_scale.tasks.kinds.candidates import Candidates, Encoded, candidate_scores, collate
 from tests.support import material
 from tests.support.pool import Ranks
 
@@ -129,8 +129,10 @@ def test_compute_in_bfloat16_is_near_and_not_the_same(ranks: Ranks, tmp_path: Pa
     torch.testing.assert_close(full, mixed, atol=0.1, rtol=0.02)
 
 
-def evaluation(folder: str, strategy: str, batch_size: int) -> Evaluation:
-    return evaluate(models.load(recipe(folder, strategy), world()), EXAMPLES, batch_size)
+def evaluation(folder: str, strategy: str, batch_size: int) -> Score:
+    wanted = recipe(folder, strategy)
+    loaded = models.load(wanted, world())
+    return evaluate(loaded, Candidates(loaded.tokenizer, wanted.task), EXAMPLES, batch_size)
 
 
 def test_an_evaluation_counts_every_example_once_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
@@ -138,8 +140,8 @@ def test_an_evaluation_counts_every_example_once_on_any_number_of_ranks(ranks: R
     (alone,) = ranks(1, evaluation, folder=folder, strategy="single", batch_size=7)
     # 7 examples over 3 ranks in rounds of 6: the last round has a row for one rank only.
     for found in ranks(3, evaluation, folder=folder, strategy="fsdp2", batch_size=2):
-        assert (found.count, found.correct) == (alone.count, alone.correct)
-        assert found.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert (found.count, found.metrics["accuracy"]) == (7, alone.metrics["accuracy"])
+        assert found.metrics["loss"].value == pytest.approx(alone.metrics["loss"].value, rel=1e-5)
 
 
 def refusals(on_rank: int) -> str:

@@ -11,9 +11,10 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World
 from mezo_scale.models import Loaded
 from mezo_scale.optim.mezo import MeZO
+from mezo_scale.recipe import TaskSection
 from mezo_scale.runs.console import Screen
-from mezo_scale.runs.evaluate import evaluate, majority, replay_if_begun, wilson
-from mezo_scale.tasks.encoding import Encoded
+from mezo_scale.runs.evaluate import evaluate, replay_if_begun
+from mezo_scale.tasks.kinds.candidates import Candidates, Encoded
 from tests.support import material
 from tests.support.pool import Ranks
 from tests.tasks.test_objectives import by_hand
@@ -29,12 +30,15 @@ def test_every_example_counts_once_whatever_the_batch_size() -> None:
     examples = [Encoded(tokens(2 + n % 5), ((7,), (8,)), n % 2) for n in range(11)]
     loaded = Loaded(material.build("llama"), material.tokenizer(), torch.device("cpu"), Strategy("single"))
     loaded.tokenizer.pad_token_id = 0
+    kind = Candidates(loaded.tokenizer, TaskSection(data="d"))
     scores = [by_hand(loaded.model, example) for example in examples]
     right = sum((score[1] > score[0]) == example.label for score, example in zip(scores, examples, strict=True))
     for batch_size in (1, 4, 50):
-        found = evaluate(loaded, examples, batch_size)
-        assert (found.count, found.correct) == (11, right)
-        assert found.loss == pytest.approx(evaluate(loaded, examples, 11).loss, rel=1e-5)
+        found = evaluate(loaded, kind, examples, batch_size).metrics
+        assert (found["accuracy"].n, found["accuracy"].total) == (11, right)
+        assert found["loss"].value == pytest.approx(
+            evaluate(loaded, kind, examples, 11).metrics["loss"].value, rel=1e-5
+        )
 
 
 def steps_replayed(runs: list[str], until: int | None) -> int:
@@ -57,12 +61,5 @@ def test_the_majority_baseline_answers_with_the_train_splits_label() -> None:
     example = Encoded((5,), ((7,), (8,)), 0)
     train = [replace(example, label=label) for label in (1, 1, 0)]
     test = [replace(example, label=label) for label in (1, 0, 0, 0)]
-    assert (majority(train, test).correct, majority(train, test).count) == (1, 4)
-
-
-@pytest.mark.parametrize(
-    ("correct", "count", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (10, 10, 0.7225, 1.0)],
-)
-def test_the_interval_is_wilsons(correct: int, count: int, low: float, high: float) -> None:
-    assert wilson(correct, count) == pytest.approx((low, high), abs=1e-4)
+    found = Candidates(material.tokenizer(), TaskSection(data="d")).baselines(train, test)["majority"]
+    assert (found.metrics["accuracy"].total, found.count) == (1, 4)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import MezoError, NotFiniteError
 from mezo_scale.models import Loaded
-from mezo_scale.recipe import Recipe, load
+from mezo_scale.recipe import Recipe, TaskSection, load
 from mezo_scale.runs.evaluate import evaluate, evaluate_recipe
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
-from mezo_scale.tasks.encoding import Batch, Encoded
-from mezo_scale.tasks.objectives import OBJECTIVES, candidate_scores, candidates_loss
+from mezo_scale.tasks.encoding import Batch
+from mezo_scale.tasks.kinds.candidates import OBJECTIVES, Candidates, Encoded, candidate_scores, candidates_loss
 from mezo_scale.trajectory import Trajectory
 from tests.support import material
 
@@ -81,25 +81,28 @@ def test_an_example_without_finite_scores_counts_as_wrong_and_apart(candidates: 
     loaded = loaded_with_one_token_spoilt()
     good = [Encoded((20 + n, 21), candidates, n % 2) for n in range(6)]
     spoilt = [Encoded((50, 21), candidates, 0)]  # argmax of NaN is 0, its label
-    whole = evaluate(loaded, good, 4)
-    assert (whole.not_finite, whole.loss is None) == (0, False)
+    kind = Candidates(loaded.tokenizer, TaskSection(data="d"))
+    whole = evaluate(loaded, kind, good, 4)
+    assert (whole.not_finite, whole.metrics["loss"].value is None) == (0, False)
     for batch_size in (1, 3, 7):
-        found = evaluate(loaded, good + spoilt, batch_size)
-        assert (found.count, found.correct, found.not_finite) == (7, whole.correct, 1)
-        assert found.loss is None
+        found = evaluate(loaded, kind, good + spoilt, batch_size)
+        assert (found.count, found.not_finite) == (7, 1)
+        assert found.metrics["accuracy"].total == whole.metrics["accuracy"].total
+        assert found.metrics["loss"].value is None
         assert found.as_dict()["not_finite"] == 1
         assert "1 not finite and counted as wrong" in str(found)
     with pytest.raises(NotFiniteError, match="all of 1 examples"):
-        evaluate(loaded, spoilt, 4)
+        evaluate(loaded, kind, spoilt, 4)
 
 
 @pytest.mark.parametrize("longer", [(9,), (9, 9)], ids=["one token", "several tokens"])
 def test_what_only_fills_up_a_row_is_no_candidate(longer: tuple[int, ...]) -> None:
     loaded = loaded_with_one_token_spoilt()
     examples = [Encoded((20,), ((7,), (8,), longer), 2), Encoded((21,), ((7,), (8,)), 1)]
-    found = evaluate(loaded, examples, 2)
+    kind = Candidates(loaded.tokenizer, TaskSection(data="d"))
+    found, alone = evaluate(loaded, kind, examples, 2), evaluate(loaded, kind, examples, 1)
     assert found.not_finite == 0
-    assert found.loss == pytest.approx(evaluate(loaded, examples, 1).loss, rel=1e-4)
+    assert found.metrics["loss"].value == pytest.approx(alone.metrics["loss"].value, rel=1e-4)
 
 
 def test_steps_that_only_skip_end_the_run_and_leave_it_whole(make_recipe: MakeRecipe, tmp_path: Path, run: Run) -> None:
@@ -162,7 +165,7 @@ def test_a_dev_split_without_finite_scores_ends_the_run(
     def spoilt_later(model: nn.Module, batch: Batch) -> Tensor:
         return candidate_scores(model, batch) * (float("nan") if metrics_file.exists() else 1.0)
 
-    monkeypatch.setattr("mezo_scale.runs.evaluate.candidate_scores", spoilt_later)
+    monkeypatch.setattr("mezo_scale.tasks.kinds.candidates.candidate_scores", spoilt_later)
     with pytest.raises(MezoError, match="all of 16 examples have scores that are not finite"):
         train(recipe)
     assert [line["step"] for line in metrics(metrics_file.parent)] == [1, 2]

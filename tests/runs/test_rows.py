@@ -9,7 +9,7 @@ import torch
 from mezo_scale.distributed.layout import Axes
 from mezo_scale.recipe import parse
 from mezo_scale.runs.session import Trainer
-from mezo_scale.tasks.encoding import Encoded
+from mezo_scale.tasks.kinds.candidates import Candidates, Encoded
 
 RECIPE = parse({"model": {"name": "m"}, "task": {"data": "d"}, "train": {"batch_size": 8}})
 EXAMPLES = [Encoded((5, 6, 7 + n), ((40,), (50,)), n % 2) for n in range(16)]
@@ -18,10 +18,9 @@ EXAMPLES = [Encoded((5, 6, 7 + n), ((40,), (50,)), n % 2) for n in range(16)]
 def rows(rank: int, axes: Axes) -> Any:
     trainer: Any = Trainer.__new__(Trainer)
     trainer.recipe, trainer.splits = RECIPE, SimpleNamespace(train=EXAMPLES)
+    trainer.kind = Candidates(SimpleNamespace(pad_token_id=0), RECIPE.task)
     trainer.world = SimpleNamespace(rank=rank, size=axes.world_size)
-    trainer.loaded = SimpleNamespace(
-        strategy=SimpleNamespace(axes=axes), tokenizer=SimpleNamespace(pad_token_id=0), device=torch.device("cpu")
-    )
+    trainer.loaded = SimpleNamespace(strategy=SimpleNamespace(axes=axes), device=torch.device("cpu"))
     return trainer._batch(0)["input_ids"][:, 2].tolist()
 
 

@@ -16,8 +16,8 @@ from mezo_scale.errors import RecipeError, SharedError
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.evaluate import evaluate_recipe
 from mezo_scale.runs.session import train
-from mezo_scale.runs.splits import EncodedSplits, _table_length
-from mezo_scale.tasks.encoding import Encoded
+from mezo_scale.runs.splits import EncodedSplits, _table_length, prepare
+from mezo_scale.tasks.kinds.candidates import Encoded
 from tests.support import material
 from tests.support.fixtures import ROOT
 from tests.support.launch import BIN, Launch
@@ -104,9 +104,9 @@ def test_sequences_longer_than_the_positions_are_refused_before_anything_is_writ
     ):
         call(recipe)
     assert not Path(recipe.output.dir).exists()
-    assert EncodedSplits.read(make_recipe("max_length=80", f"model.name={folder}")).test
+    assert EncodedSplits.read(*prepare(make_recipe("max_length=80", f"model.name={folder}"))).test
 
 
 def test_a_model_that_computes_its_positions_takes_longer_sequences(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe("max_length=100000")
-    assert len(EncodedSplits.read(recipe).test) == 32
+    assert len(EncodedSplits.read(*prepare(recipe)).test) == 32

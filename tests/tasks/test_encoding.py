@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.tasks import Example
-from mezo_scale.tasks.encoding import Encoded, collate, encode
+from mezo_scale.tasks.kinds.candidates import Encoded, collate, encode
 from mezo_scale.tasks.order import share, step_indices
 from tests.support import material
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.tasks import Example
-from mezo_scale.tasks.encoding import Encoded, encode
+from mezo_scale.tasks.kinds.candidates import Encoded, encode
 
 TEXTS = [
     "It was great , It was greatness , It was terrible",

@@ -6,8 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mezo_scale as ms
-from mezo_scale.tasks.encoding import Encoded, collate
-from mezo_scale.tasks.objectives import OBJECTIVES, candidate_scores
+from mezo_scale.tasks.kinds.candidates import OBJECTIVES, Encoded, candidate_scores, collate
 from tests.support import material
 
 MODELS = ("llama", "llama-untied", "opt", "gpt2")

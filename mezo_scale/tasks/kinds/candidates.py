@@ -1,0 +1,207 @@
+"""Tasks that choose among candidates: a prompt, the answers that may follow it, and which of them is right."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
+from mezo_scale.tasks.example import Example
+from mezo_scale.tasks.kinds.kind import Kind, Objective
+from mezo_scale.tasks.logits import answer_log_probs, last_logits
+from mezo_scale.tasks.score import Metric, Score
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in tokens: prompt + candidates[label] is the sequence a model would have to write."""
+
+    prompt: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    label: int
+
+    @property
+    def gold(self) -> "Encoded":
+        """The example with the right candidate only: all that a loss on its tokens needs."""
+        return replace(self, candidates=(self.candidates[self.label],), label=0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return len(self.prompt) + max(map(len, self.candidates))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate with the best score, and the cross-entropy over the scores; NaN where one of them is not finite."""
+
+    candidate: int
+    loss: float
+
+
+def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
+    """Tokenizes an example. A long prompt loses its beginning (but not a BOS token), never its end.
+
+    What is scored are always the tokens of the whole text, prompt and candidate in one: where a tokenizer joins the end
+    of a prompt with what follows, the boundary moves back to the last place that all candidates and the prompt share.
+
+    Raises:
+        RecipeError: if a candidate adds no tokens, has too many for max_length, or has those of another; or if prompt
+            and candidates share no beginning.
+    """
+    alone, lead = open_tokens(tokenizer, example.prompt)
+    wholes = [open_tokens(tokenizer, example.prompt + text)[0] for text in example.candidates]
+    names = list(example.candidates)
+    if any(whole == alone for whole in wholes):
+        none = names[wholes.index(alone)]
+        raise RecipeError(
+            f"task.candidates {names}: {none!r} adds no tokens to the prompt, expected at least 1: change it"
+        )
+    if len({tuple(whole) for whole in wholes}) < len(wholes):
+        raise RecipeError(f"task.candidates {names}: two of them are the same tokens to this model: change one")
+    shared = min(common_prefix([alone, *wholes]), min(map(len, wholes)) - 1)
+    if shared < 1:
+        raise RecipeError(
+            f"task.template gives the prompt {example.prompt!r:.60}, which has no tokens that stay the same before "
+            f"{names}: give it a longer one"
+        )
+    candidates = [whole[shared:] for whole in wholes]
+    room = max_length - max(map(len, candidates))
+    if room < 2:
+        raise RecipeError(
+            f"task.candidates {names} have {sorted(map(len, candidates))} tokens, expected between "
+            f"1 and task.max_length ({max_length}) - 2: change the one or the other"
+        )
+    prompt = shorten(alone[:shared], room, lead, tokenizer)
+    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label)
+
+
+def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> Batch:
+    """One row per example, padded on the left to a multiple of 16 tokens, or to max_length if that comes first.
+
+    Where every candidate is one token, the prompt alone is run and the next token scores them all:
+        input_ids, attention_mask: int64 [rows, tokens]; candidate_ids: int64 [rows, candidates], -1 where none is.
+    Otherwise each candidate is written out after the prompt:
+        input_ids, attention_mask: int64 [rows, candidates, tokens]; candidate_mask: bool [rows, candidates, tokens],
+        true on the candidate's own tokens, nowhere for a candidate that only fills up the row.
+    Always: label: int64 [rows].
+    """
+    label = torch.tensor([example.label for example in examples])
+    width = max(len(example.candidates) for example in examples)
+    if all(len(candidate) == 1 for example in examples for candidate in example.candidates):
+        input_ids, attention_mask = pad_left([example.prompt for example in examples], pad_id, max_length)
+        candidate_ids = torch.full((len(examples), width), -1)
+        for row, example in enumerate(examples):
+            candidate_ids[row, : len(example.candidates)] = torch.tensor(example.candidates).squeeze(1)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "candidate_ids": candidate_ids,
+            "label": label,
+        }
+    answers: list[tuple[int, ...]] = []  # what is scored
+    sequences: list[tuple[int, ...]] = []  # what is run
+    for example in examples:
+        missing = width - len(example.candidates)
+        answers += [*example.candidates, *[()] * missing]
+        sequences += [example.prompt + answer for answer in (*example.candidates, *example.candidates[:1] * missing)]
+    input_ids, attention_mask = pad_left(sequences, pad_id, max_length)
+    candidate_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        candidate_mask[row, input_ids.shape[1] - len(answer) :] = True
+    shape = (len(examples), width, -1)
+    return {
+        "input_ids": input_ids.view(shape),
+        "attention_mask": attention_mask.view(shape),
+        "candidate_mask": candidate_mask.view(shape),
+        "label": label,
+    }
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean log-probability of each candidate's tokens, float32 [rows, candidates]; -inf where there is none."""
+    if "candidate_ids" in batch:
+        candidate_ids = batch["candidate_ids"]
+        logits = last_logits(model, batch["input_ids"], batch["attention_mask"], keep=1)[:, 0]
+        chosen = logits.gather(1, candidate_ids.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
+        return chosen.masked_fill(candidate_ids < 0, float("-inf"))
+    # Each row keeps its candidates inside, so the optimizer's branches stay contiguous blocks of the model's batch dim.
+    names = ("input_ids", "attention_mask", "candidate_mask")
+    input_ids, attention_mask, candidate_mask = (batch[name].flatten(0, 1) for name in names)
+    scores = answer_log_probs(model, input_ids, attention_mask, candidate_mask)
+    return scores.view(batch["candidate_mask"].shape[:2])
+
+
+def candidates_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy over the candidates' scores, float32 [rows]."""
+    return F.cross_entropy(candidate_scores(model, batch), batch["label"], reduction="none")
+
+
+def language_modeling_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss over the right candidate's tokens, float32 [rows]."""
+    return -candidate_scores(model, batch).gather(1, batch["label"][:, None])[:, 0]
+
+
+OBJECTIVES: dict[str, Objective] = {"candidates": candidates_loss, "language_modeling": language_modeling_loss}
+
+
+class Candidates(Kind[Encoded, Choice]):
+    """A choice among candidates: the one whose tokens have the best mean log-probability; graded by accuracy."""
+
+    objectives = OBJECTIVES
+
+    def __init__(self, tokenizer: Any, section: TaskSection) -> None:
+        """Raises RecipeError for fields that this kind does not take."""
+        if section.max_new_tokens is not None:
+            raise RecipeError(
+                f"task.max_new_tokens is {section.max_new_tokens}, but task.name is {section.name}, whose answers are "
+                "chosen, not written: leave it out"
+            )
+        self._tokenizer, self._max_length = tokenizer, section.max_length
+
+    def encode(self, example: Example) -> Encoded:
+        return encode(example, self._tokenizer, self._max_length)
+
+    def length(self, row: Encoded) -> int:
+        return row.length
+
+    def collate(self, rows: Sequence[Encoded], objective: str | None = None, max_length: int | None = None) -> Batch:
+        if objective == "language_modeling":
+            rows = [row.gold for row in rows]
+        return collate(rows, self._tokenizer.pad_token_id, max_length or self._max_length)
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Choice]:
+        scores, label = candidate_scores(model, batch), batch["label"]
+        finite = (scores.isfinite() | _filling(batch)).all(1)
+        losses = F.cross_entropy(scores, label, reduction="none").double().masked_fill(~finite, math.nan)
+        return [Choice(*row) for row in zip(scores.argmax(1).tolist(), losses.tolist(), strict=True)]
+
+    def score(self, predictions: Sequence[Choice], rows: Sequence[Encoded]) -> Score:
+        pairs = list(zip(predictions, rows, strict=True))
+        right = [float(found.candidate == row.label) if math.isfinite(found.loss) else math.nan for found, row in pairs]
+        losses = [found.loss for found in predictions]
+        return Score({"accuracy": Metric.of(right), "loss": Metric.of(losses, bounded=False)}, "accuracy")
+
+    def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return candidate_scores(model, batch)
+
+    def baselines(self, train: Sequence[Encoded], test: Sequence[Encoded]) -> dict[str, Score]:
+        """What always answering with the train split's most frequent label gives."""
+        label, _ = Counter(row.label for row in train).most_common(1)[0]
+        return {"majority": Score({"accuracy": Metric.of([float(row.label == label) for row in test])}, "accuracy")}
+
+
+def _filling(batch: Batch) -> Tensor:
+    """Which candidates only fill up a row, bool [rows, candidates]: their scores are -inf by right."""
+    if "candidate_ids" in batch:
+        filling: Tensor = batch["candidate_ids"] < 0
+        return filling
+    missing: Tensor = ~batch["candidate_mask"].any(-1)
+    return missing

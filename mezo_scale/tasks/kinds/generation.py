@@ -1,0 +1,192 @@
+"""Tasks whose answer is written: a prompt, and the texts that are right after it."""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
+from mezo_scale.tasks.example import Question
+from mezo_scale.tasks.kinds.decoding import greedy, reads_ahead
+from mezo_scale.tasks.kinds.kind import Kind, Objective
+from mezo_scale.tasks.logits import answer_log_probs
+from mezo_scale.tasks.score import Metric, Score
+
+MAX_NEW_TOKENS = 16
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question in tokens.
+
+    Attributes:
+        prompt: what the model writes on after.
+        whole: the prompt and the first right answer, as the tokenizer writes both in one.
+        scored: tokens at the end of `whole` that are the answer's.
+        answers: all texts that are right.
+    """
+
+    prompt: tuple[int, ...]
+    whole: tuple[int, ...]
+    scored: int
+    answers: tuple[str, ...]
+
+
+class Generation(Kind[EncodedQuestion, str | None]):
+    """An answer written greedily, up to the end of its line; graded by F1 and exact match with the best right answer.
+
+    Objectives: language_modeling, the mean loss on the tokens of the first right answer; f1 and exact_match, 1 minus
+    the score of what the model writes.
+    """
+
+    def __init__(self, tokenizer: Any, section: TaskSection) -> None:
+        """Raises RecipeError for fields that this kind does not take."""
+        if section.candidates is not None:
+            raise RecipeError(
+                f"task.candidates is given, but task.name is {section.name}, whose answers are written, not chosen: "
+                "leave it out"
+            )
+        self._tokenizer, self._max_length = tokenizer, section.max_length
+        self._max_new_tokens = MAX_NEW_TOKENS if section.max_new_tokens is None else section.max_new_tokens
+        self._ending: dict[int, bool] = {}
+        if self._max_length - self._max_new_tokens < 2:
+            raise RecipeError(
+                f"task.max_new_tokens is {self._max_new_tokens}, which leaves no room for a prompt in task.max_length "
+                f"({self._max_length}): expected at most {self._max_length - 2}"
+            )
+        self.objectives: dict[str, Objective] = {
+            "language_modeling": lambda model, batch: -self.log_probs(model, batch),
+            "f1": Written(self, f1),
+            "exact_match": Written(self, exact_match),
+        }
+
+    def encode(self, example: Question) -> EncodedQuestion:
+        """Tokenizes a question. A long prompt loses its beginning (but not a BOS token), never its end.
+
+        Raises:
+            RecipeError: there is no answer, it adds no tokens, or there is no room for it.
+        """
+        if not example.answers:
+            raise RecipeError(f"task.data: the prompt {example.prompt!r:.60} has no answer, expected at least one")
+        answer = example.answers[0]
+        prompt, lead = open_tokens(self._tokenizer, example.prompt)
+        whole, _ = open_tokens(self._tokenizer, example.prompt + answer)
+        if not prompt or whole == prompt:
+            raise RecipeError(
+                f"task.data: the prompt {example.prompt!r:.60} or its answer {answer!r:.60} has no tokens of its own "
+                "to this model: leave the row out, or change task.template"
+            )
+        # Where the tokenizer joins the end of the prompt with the answer, what it joins counts as the answer's.
+        shared = min(common_prefix([prompt, whole]), len(whole) - 1)
+        scored = len(whole) - shared
+        room = self._max_length - max(self._max_new_tokens, scored)
+        if room < 2 or shared < 1:
+            raise RecipeError(
+                f"task.data: the answer {answer!r:.60} has {scored} tokens, which leaves no room for its prompt in "
+                f"task.max_length ({self._max_length}): ask for more, or leave the row out"
+            )
+        start = shorten(whole[:shared], room, lead, self._tokenizer)
+        prompt = shorten(prompt, self._max_length - self._max_new_tokens, lead, self._tokenizer)
+        return EncodedQuestion(tuple(prompt), (*start, *whole[shared:]), scored, example.answers)
+
+    def length(self, row: EncodedQuestion) -> int:
+        return len(row.prompt)
+
+    def collate(
+        self, rows: Sequence[EncodedQuestion], objective: str | None = None, max_length: int | None = None
+    ) -> Batch:
+        """Prompts as input_ids and attention_mask, int64 [rows, tokens]; prompts with their answers as whole_ids and
+        whole_mask, int64 [rows, tokens], and scored, bool, true on the answers; answers, each row's right texts."""
+        longest = self._max_length if max_length is None else max_length
+        pad_id = self._tokenizer.pad_token_id
+        batch: Batch = {"answers": [row.answers for row in rows]}
+        if objective != "language_modeling":
+            prompts = [row.prompt for row in rows]
+            batch["input_ids"], batch["attention_mask"] = pad_left(prompts, pad_id, longest - self._max_new_tokens)
+        whole_ids, whole_mask = pad_left([row.whole for row in rows], pad_id, longest)
+        lengths = torch.tensor([row.scored for row in rows])
+        scored = torch.arange(whole_ids.shape[1]) >= whole_ids.shape[1] - lengths[:, None]
+        return {**batch, "whole_ids": whole_ids, "whole_mask": whole_mask, "scored": scored}
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[str | None]:
+        """The text that each prompt is continued by; None where the model's logits are not finite."""
+        found = greedy(model, batch["input_ids"], batch["attention_mask"], self._max_new_tokens, self._ends)
+        return [
+            self._text(tokens) if finite else None for tokens, finite in zip(found.tokens, found.finite, strict=True)
+        ]
+
+    def score(self, predictions: Sequence[str | None], rows: Sequence[EncodedQuestion]) -> Score:
+        answers = [row.answers for row in rows]
+        metrics = {"f1": Metric.of(best(f1, predictions, answers))}
+        metrics["exact_match"] = Metric.of(best(exact_match, predictions, answers))
+        return Score(metrics, "f1")
+
+    def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean log-probability of the first right answer's tokens, float32 [rows]."""
+        return answer_log_probs(model, batch["whole_ids"], batch["whole_mask"], batch["scored"])
+
+    def refusal(self, model: nn.Module, batch: Batch) -> str | None:
+        if reads_ahead(model, batch["whole_ids"]):
+            return "reads the tokens after a position, as masked language models do, and can't write an answer"
+        return None
+
+    def _ends(self, token: int) -> bool:
+        """Whether an answer is over at this token: the end of the text, or of the line."""
+        if token not in self._ending:
+            self._ending[token] = token == self._tokenizer.eos_token_id or "\n" in self._tokenizer.decode([token])
+        return self._ending[token]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.partition("\n")[0].strip()  # several tokens may make one line's end
+
+
+class Written:
+    """The objective that is 1 minus the grade of what the model writes; NaN where its logits are not finite."""
+
+    def __init__(self, kind: Generation, grade: Callable[[str, str], float]) -> None:
+        self._kind, self._grade = kind, grade
+        self.smooth = kind.log_probs
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        grades = best(self._grade, self._kind.predict(model, batch), batch["answers"])
+        return 1 - torch.tensor(grades, dtype=torch.float32, device=batch["input_ids"].device)
+
+
+def best(
+    grade: Callable[[str, str], float], predictions: Sequence[str | None], answers: Sequence[Sequence[str]]
+) -> list[float]:
+    """Each prediction's grade by the right answer that is kindest to it; NaN where there is no prediction."""
+    return [
+        math.nan if found is None else max(grade(found, answer) for answer in right)
+        for found, right in zip(predictions, answers, strict=True)
+    ]
+
+
+def exact_match(found: str, answer: str) -> float:
+    """1 if the texts are the same once `normalised`, else 0."""
+    return float(normalised(found) == normalised(answer))
+
+
+def f1(found: str, answer: str) -> float:
+    """Harmonic mean of precision and recall of the words of the texts, once `normalised` (Rajpurkar et al., 2016)."""
+    mine, right = normalised(found).split(), normalised(answer).split()
+    if not mine or not right:
+        return float(mine == right)
+    common = sum((Counter(mine) & Counter(right)).values())
+    return 2 * common / (len(mine) + len(right))
+
+
+def normalised(text: str) -> str:
+    """A text as SQuAD compares it: lower case, without punctuation and articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())

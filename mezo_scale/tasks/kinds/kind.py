@@ -1,0 +1,89 @@
+"""What a kind of task is. All that is above the tasks (training, evaluation, reports) knows this and `Score` only."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from mezo_scale.tasks.encoding import Batch
+from mezo_scale.tasks.score import Score
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) -> losses of the batch's rows, float32 [rows]. It may jump, for nothing is differentiated; then it
+has a ``smooth``, an objective of the same batch that does not (`mezo_scale.optim.losses.Objective`).
+
+The optimizer repeats a batch once per branch along dim 0: what it computes must keep rows apart and in their order. All
+ranks must call the model equally often, whatever is in their rows: a sharded forward pass needs them all.
+"""
+
+
+class Within:
+    """An objective that is computed in a context: autocast, or nothing."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]], objective: Objective) -> None:
+        self._context, self._objective = context, objective
+        if hasattr(objective, "smooth"):
+            self.smooth = Within(context, objective.smooth)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        with self._context():
+            return self._objective(model, batch)
+
+
+Row = TypeVar("Row")
+Prediction = TypeVar("Prediction")
+
+
+class Kind(Protocol[Row, Prediction]):
+    """One kind of task, made for a run: it knows the run's tokenizer and its task section.
+
+    A row's `repr` tells it from every other row: ranks compare digests of it.
+
+    Attributes:
+        objectives: what can be minimised, by name; the first is the default.
+    """
+
+    objectives: Mapping[str, Objective]
+
+    def encode(self, example: Any) -> Row:
+        """An example of the task in tokens. Raises RecipeError if it does not fit."""
+        ...
+
+    def length(self, row: Row) -> int:
+        """Tokens of its longest sequence: rows of similar length go together."""
+        ...
+
+    def collate(self, rows: Sequence[Row], objective: str | None = None, max_length: int | None = None) -> Batch:
+        """A batch with rows along dim 0, padded on the left.
+
+        Args:
+            objective: the one that it is for, which may need less than all; None: `predict` and any objective.
+            max_length: tokens to pad to at most; None: `task.max_length`.
+        """
+        ...
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """What the model answers, one entry per row. All ranks call the model equally often."""
+        ...
+
+    def score(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> Score:
+        """What the predictions of these rows are worth; of no rows: the same metrics over none."""
+        ...
+
+    def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Numbers [rows, ...] that change little when the weights or the rounding do: ways of computing a forward pass
+        are compared by them."""
+        ...
+
+    def refusal(self, model: nn.Module, batch: Batch) -> str | None:
+        """Why this model can't do this kind of task, for a message; None if it can.
+
+        Args:
+            batch: one row without padding, the same on all ranks.
+        """
+        return None
+
+    def baselines(self, train: Sequence[Row], test: Sequence[Row]) -> dict[str, Score]:
+        """What answers that need no model are worth on the test split, by name."""
+        return {}

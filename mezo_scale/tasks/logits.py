@@ -1,0 +1,56 @@
+"""What a causal language model says at the end of sequences that are padded on the left."""
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def answer_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> Tensor:
+    """The mean log-probability of each row's last tokens, float32 [rows]; -inf for a row that has none.
+
+    Args:
+        input_ids, attention_mask: int64 [rows, tokens].
+        scored: bool [rows, tokens], true on the tokens that count: the last ones of a row.
+    """
+    longest = int(scored.sum(1).max())
+    # Padding is on the left: what is scored are the last tokens, each predicted at the position before it.
+    logits = last_logits(model, input_ids, attention_mask, keep=longest + 1)[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, -longest:].flatten(), reduction="none")
+    counted = scored[:, -longest:]
+    lengths = counted.sum(1)
+    log_probs = -(losses.view(-1, longest) * counted).sum(1) / lengths
+    return log_probs.masked_fill(lengths == 0, float("-inf"))
+
+
+def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """Logits at the last `keep` positions, float32 [rows, keep, vocabulary]."""
+    logits: Tensor = forward(model, input_ids, attention_mask, keep, use_cache=False).logits
+    return logits[:, -keep:].float()
+
+
+def forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, **options: Any) -> Any:
+    """One call of the model, told where each row's text begins, if it takes that, and which logits are needed.
+
+    Args:
+        input_ids: int64 [rows, tokens], the last ones of those that the mask covers.
+        attention_mask: int64 [rows, all tokens so far].
+        keep: positions at the end whose logits are needed; a model may give more.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" in accepted:
+        # Counted from the first real token, one row per row: a model's own table would count the padding too.
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        options["position_ids"] = positions + _first_position(model)
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = keep
+    return model(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+def _first_position(model: nn.Module) -> int:
+    """What a model calls the position of a text's first token: RoBERTa and its kin count from behind a padding row."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0

@@ -1,0 +1,136 @@
+"""What a model is worth on a split: named means over rows, and how sure one can be of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mezo_scale import collectives
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The mean of one quantity over rows. Metrics of different rows of a split add up.
+
+    Attributes:
+        total: sum of the quantity over the rows whose value is finite.
+        n: rows, those without a finite value among them.
+        not_finite: rows without a finite value, counted apart.
+        bounded: whether the quantity lies between 0 and 1, and more is better. A row without a finite value then
+            counts as 0; otherwise there is no mean as long as there is such a row.
+    """
+
+    total: float
+    n: int
+    not_finite: int = 0
+    bounded: bool = True
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, bounded: bool = True) -> "Metric":
+        """The metric of these rows; NaN or infinity where a row has no value."""
+        finite = [float(value) for value in values if math.isfinite(value)]
+        return cls(math.fsum(finite), len(values), len(values) - len(finite), bounded)
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None over no rows, and where it is not defined."""
+        if self.n == 0 or (self.not_finite and not self.bounded):
+            return None
+        return self.total / self.n
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95% interval; None where nothing bounds the quantity, or there is no value."""
+        return self._interval[0] if self._interval else None
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95% interval; likewise."""
+        return self._interval[1] if self._interval else None
+
+    @property
+    def _interval(self) -> tuple[float, float] | None:
+        return wilson(self.total, self.n) if self.bounded and self.n else None
+
+    def __add__(self, other: "Metric") -> "Metric":
+        total, n = self.total + other.total, self.n + other.n
+        return Metric(total, n, self.not_finite + other.not_finite, self.bounded and other.bounded)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "none"
+        return f"{self.value:.1%}" if self.bounded else f"{self.value:.4f}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model on some rows of a split. Scores of different rows add up.
+
+    Attributes:
+        metrics: by name; all are over the same rows.
+        main: the one that decides.
+    """
+
+    metrics: Mapping[str, Metric]
+    main: str
+
+    def __post_init__(self) -> None:
+        if self.main not in self.metrics:
+            raise ValueError(f"main is {self.main!r}: expected one of the metrics ({', '.join(self.metrics)})")
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return self.metrics[self.main].n
+
+    @property
+    def not_finite(self) -> int:
+        """Rows without a finite value of the main metric."""
+        return self.metrics[self.main].not_finite
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score({name: metric + other.metrics[name] for name, metric in self.metrics.items()}, self.main)
+
+    def over_ranks(self) -> "Score":
+        """The score of all ranks' rows; every rank calls it."""
+        parts = [part for metric in self.metrics.values() for part in (metric.total, metric.n, metric.not_finite)]
+        sums = iter(collectives.sum_scalars(parts))
+        summed = {
+            name: Metric(next(sums), round(next(sums)), round(next(sums)), metric.bounded)
+            for name, metric in self.metrics.items()
+        }
+        return Score(summed, self.main)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: main, count, not_finite, and each metric's value by its name. A metric that has an interval has it
+        under "interval_95" if it is the main one, else under "NAME_interval_95"."""
+        found: dict[str, Any] = {"main": self.main, "count": self.count, "not_finite": self.not_finite}
+        for name, metric in self.metrics.items():
+            found[name] = metric.value
+            if metric.low is not None:
+                found[interval_key(name, self.main)] = [metric.low, metric.high]
+        return found
+
+    def __str__(self) -> str:
+        known = {name: metric for name, metric in self.metrics.items() if metric.value is not None}
+        others = "".join(f", {name} {metric}" for name, metric in known.items() if name != self.main)
+        wrong = f", {self.not_finite} not finite and counted as wrong" if self.not_finite else ""
+        return f"{self.metrics[self.main]}{others}, {self.count:,} examples{wrong}"
+
+
+def interval_key(name: str, main: str) -> str:
+    """Where `Score.as_dict` has the interval of a metric."""
+    return "interval_95" if name == main else f"{name}_interval_95"
+
+
+def wilson(total: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson, 1927), total / count.
+
+    Of all quantities between 0 and 1 with one mean, the proportion varies most: of any other the interval is no less
+    sure than it says.
+    """
+    share = total / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return (centre - spread) / scale, (centre + spread) / scale
