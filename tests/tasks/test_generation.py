@@ -232,5 +232,5 @@ def test_a_model_that_mixes_rows_is_found_out_though_what_it_writes_is_worth_not
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert optimizer.step(batch=batch, objective=asker.objectives["f1"]) == 1.0
-    assert optimizer._estimator.paired is not mixes
+    assert optimizer.paired is not mixes
     assert any("can't evaluate several branches in one batch" in str(warning.message) for warning in said) == mixes

@@ -35,7 +35,7 @@ def train(layout: str, objective: str) -> list[list[float]]:
         optimizer.step(batch=batch, objective=kind(max_new_tokens=8).objectives[objective])
         assert optimizer.last_record is not None
         gradients.append(list(optimizer.last_record.projected_grads))
-    assert optimizer._estimator.paired
+    assert optimizer.paired
     sharded.close()
     return gradients
 
