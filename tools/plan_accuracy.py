@@ -62,18 +62,18 @@ def main() -> None:
 
 def dry_runs() -> Iterator[Row]:
     from mezo_scale.models.shapes import config_of
-    from mezo_scale.planner import Strategy, Workload, memory, traffic
+    from mezo_scale.planner import Strategy, Workload, architecture_of, memory, traffic
     from mezo_scale.planner.dry_run import dry_run
 
     for model in DRY_MODELS:
         for ranks in DRY_RANKS:
             for master in (False, True):
                 strategy = Strategy("single" if ranks == 1 else "fsdp2", shard=ranks, master=master)
-                config, workload = config_of(model), Workload(ROWS, TOKENS)
+                config, arch, workload = config_of(model), architecture_of(model), Workload(ROWS, TOKENS)
                 start = time.perf_counter()
                 dry, gathered = dry_run(config, strategy, workload)
-                assert gathered == traffic(config, strategy, workload).gathered
-                yield row(model, strategy, memory(config, strategy, workload).peak, dry.peak, start)
+                assert gathered == traffic(arch, strategy, workload).gathered
+                yield row(model, strategy, memory(arch, strategy, workload).peak, dry.peak, start)
 
 
 def measurements() -> Iterator[Row]:
@@ -90,11 +90,10 @@ def measurements() -> Iterator[Row]:
 
 def measured(model: str, ranks: int, master: bool, rows: int, tokens: int) -> Row:
     """A measured cell: its ranks in processes of their own."""
-    from mezo_scale.models.shapes import config_of
-    from mezo_scale.planner import Strategy, Workload, memory
+    from mezo_scale.planner import Strategy, Workload, architecture_of, memory
 
     strategy = Strategy("single" if ranks == 1 else "fsdp2", shard=ranks, master=master)
-    plan = memory(config_of(model), strategy, Workload(rows, tokens))
+    plan = memory(architecture_of(model), strategy, Workload(rows, tokens))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import plan_accuracy as p; "

@@ -9,8 +9,7 @@ import numpy as np
 
 from mezo_scale.bench.cell import Cell
 from mezo_scale.errors import ModelError, RecipeError
-from mezo_scale.models.shapes import config_of
-from mezo_scale.planner import GIB, Workload, memory, traffic
+from mezo_scale.planner import GIB, Workload, architecture_of, memory, traffic
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ def planned(cell: Cell) -> tuple[int | None, int | None, int | None]:
     if cell.method != "mezo":
         return None, None, None
     try:
-        config = config_of(cell.model.removeprefix("random:"))
+        arch = architecture_of(cell.model)
         dtype = cell.compute_dtype or cell.dtype
         workload = Workload(cell.rows // cell.world_size, cell.tokens, 2 * cell.num_directions, dtype)
-        moved = traffic(config, cell.spread, workload)
-        return memory(config, cell.spread, workload).peak, moved.gathered, moved.scalars
+        moved = traffic(arch, cell.spread, workload)
+        return memory(arch, cell.spread, workload).peak, moved.gathered, moved.scalars
     except (RecipeError, ModelError):  # rows outlive the folder that they were measured on
         return None, None, None
 

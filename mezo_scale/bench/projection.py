@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mezo_scale.models.shapes import config_of
-from mezo_scale.planner import GIB, Rates, Strategy, Workload, memory, seconds, traffic
+from mezo_scale.planner import GIB, Rates, Strategy, Workload, architecture_of, memory, seconds, traffic
 from mezo_scale.planner.workload import BYTES
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -43,8 +42,8 @@ class Point:
 
 def project(model: str, workload: Workload, rates: Rates) -> list[Point]:
     """Weak scaling: every device has the workload's rows. What does not fit a device of DEVICE_GIB is left out."""
-    config = config_of(model.removeprefix("random:"))
-    layers = int(config.num_hidden_layers)
+    arch = architecture_of(model)
+    layers = arch.layers
     points = []
     for network in NETWORKS_GBIT:
         linked = replace(rates, between_gbit_s=network)
@@ -54,11 +53,11 @@ def project(model: str, workload: Workload, rates: Rates) -> list[Point]:
             if nodes > 1:
                 layouts.append(Strategy("hsdp", replicate=nodes, shard=GPUS_PER_NODE))
             for strategy in layouts:
-                if memory(config, strategy, workload).peak > DEVICE_GIB * GIB:
+                if memory(arch, strategy, workload).peak > DEVICE_GIB * GIB:
                     continue
-                step = seconds(config, strategy, workload, linked, GPUS_PER_NODE)
-                alone = seconds(config, Strategy("fsdp2"), workload, linked)
-                moved = traffic(config, strategy, workload, GPUS_PER_NODE)
+                step = seconds(arch, strategy, workload, linked, GPUS_PER_NODE).step
+                alone = seconds(arch, Strategy("fsdp2"), workload, linked).step
+                moved = traffic(arch, strategy, workload, GPUS_PER_NODE)
                 gather = max(
                     moved.inside_node / (linked.inside_gb_s * 1e9),
                     moved.between_nodes * GPUS_PER_NODE / (linked.between_gbit_s * 1e9 / 8),
@@ -91,10 +90,9 @@ def measured_rates(rows: Sequence[dict[str, Any]]) -> tuple[Rates, list[str]]:
     if alone:
         row = max(alone, key=lambda row: row["parameters"])
         cell, forwards = row["cell"], float(np.median(row["forwards_s"]))
-        config = config_of(cell["model"].removeprefix("random:"))
         tokens = cell["rows"] * cell["tokens"]
         per_token = 2 * row["layers"] * row["layer_bytes"] // BYTES[cell["dtype"]]
-        per_token += 4 * row["layers"] * int(config.hidden_size) * cell["tokens"]
+        per_token += 4 * row["layers"] * architecture_of(cell["model"]).hidden * cell["tokens"]
         rates = replace(rates, compute_tflops=2 * tokens * per_token / forwards / 1e12)
         said.append(f"compute {rates.compute_tflops:.0f} TFLOP/s: forwards of {cell['model']}, {row['device']}")
         besides = float(np.median(np.array(row["step_s"]) - np.array(row["forwards_s"])))
