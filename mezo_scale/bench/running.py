@@ -163,9 +163,8 @@ def _answer(text: str, cell: Cell, code: int | None, late: str, log: Path) -> Ro
     own = [(reason, rank) for reason, rank in failed if not _is_consequence(reason)]
     ends = [(int(code), int(rank)) for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", text)]
     killed = [(_killed(end), rank) for end, rank in ends if end < 0 and -end != signal.SIGTERM]
-    if code is None:
-        return {"reason": (own or killed or [(late, -1)])[0][0]}
-    reason, rank = (own or killed or failed or [(_killed(code) if code < 0 else "", -1)])[0]
+    unknown = late if code is None else _killed(code) if code < 0 else ""
+    reason, rank = (own or killed or (failed if code is not None else []) or [(unknown, -1)])[0]
     if not reason:
         scheduler = re.search(r"^(?:srun|slurmstepd): error: (.+)$", text, re.MULTILINE)
         reason = f"ended with exit code {code}{f' ({scheduler[1]})' if scheduler else ''}, see {log}"

@@ -91,6 +91,31 @@ def test_a_rank_that_is_killed_is_the_reason_of_its_cell(tmp_path: Path, program
     assert failed["reason"] == "rank 1: killed by SIGKILL (out of memory, if the kernel did it)"
 
 
+def reason_of(*said: str, code: int | None = 1, world_size: int = 2) -> str:
+    (cell,) = cells(2, world_size=world_size)
+    return str(running._answer("\n".join(said), cell, code, "took longer than 9 s", Path("x.log"))["reason"])
+
+
+def test_the_reason_of_a_cell_is_what_happened_first_and_not_what_followed() -> None:
+    followed = 'mezo-bench: {"rank": 0, "reason": "RuntimeError: [gloo] Connection closed by peer"}'
+    own = 'mezo-bench: {"rank": 1, "reason": "out of memory: 9"}'
+    killed = ("  rank      : 1 (local_rank: 1)", "  exitcode  : -9 (pid: 12)")
+    ended = ("  rank      : 0 (local_rank: 0)", "  exitcode  : -15 (pid: 11)")
+    assert reason_of(followed, own) == "rank 1: out of memory: 9"
+    assert reason_of(followed, *ended, *killed) == "rank 1: killed by SIGKILL (out of memory, if the kernel did it)"
+    assert reason_of(followed, *ended) == "rank 0: RuntimeError: [gloo] Connection closed by peer"
+    assert reason_of(own, code=None) == "rank 1: out of memory: 9"
+    assert reason_of(code=None) == "took longer than 9 s"
+    assert reason_of("srun: error: n1: task 1: Out Of Memory", code=137) == (
+        "ended with exit code 137 (n1: task 1: Out Of Memory), see x.log"
+    )
+    assert reason_of(code=-9, world_size=1) == "killed by SIGKILL (out of memory, if the kernel did it)"
+
+
+def test_figures_of_a_launch_that_failed_all_the_same_are_none() -> None:
+    assert reason_of('mezo-bench: {"rank": 0, "figures": {"memory_bytes": 4}}') == "ended with exit code 1, see x.log"
+
+
 def test_a_cell_that_hangs_is_ended_and_says_so(tmp_path: Path, program: Callable[[str], None]) -> None:
     program(HANGS)
     (failed,) = running.run(cells(2), tmp_path, HERE, timeout_s=0.5)
