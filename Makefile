@@ -51,7 +51,7 @@ format: install  ## format and sort imports in place
 
 bench: install  ## a first look at how steps scale here, beside their baselines; a few minutes on 2 cores
 	$(BIN)/python tools/prepare_demo.py
-	$(BIN)/mezo-scale bench --quick
+	$(BIN)/mezo-scale bench quick models=.demo/model
 
 bench-kernels: install  ## time the noise kernels against torch on this machine, and a step against two forwards
 	$(BIN)/python tools/prepare_demo.py

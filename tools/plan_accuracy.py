@@ -14,7 +14,6 @@ evaluates branch by branch, where torch copies the head's weight once per row on
 """
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -29,6 +28,8 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+
+import pandas as pd
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BASE_ENVIRONMENT = {
@@ -55,25 +56,25 @@ def main() -> None:
         return
     tables = {"dry-run": dry_runs, "measured": measurements}
     for name in [options.only] if options.only else tables:
-        rows = list(tables[name]())
-        write(options.out / f"plan_{name.replace('-', '_')}.csv", rows)
+        options.out.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(tables[name]()).to_csv(options.out / f"plan_{name.replace('-', '_')}.csv", index=False)
     note(options.out)
 
 
 def dry_runs() -> Iterator[Row]:
     from mezo_scale.models.shapes import config_of
-    from mezo_scale.planner import Strategy, Workload, memory, traffic
+    from mezo_scale.planner import Strategy, Workload, architecture_of, memory, traffic
     from mezo_scale.planner.dry_run import dry_run
 
     for model in DRY_MODELS:
         for ranks in DRY_RANKS:
             for master in (False, True):
                 strategy = Strategy("single" if ranks == 1 else "fsdp2", shard=ranks, master=master)
-                config, workload = config_of(model), Workload(ROWS, TOKENS)
+                config, arch, workload = config_of(model), architecture_of(model), Workload(ROWS, TOKENS)
                 start = time.perf_counter()
                 dry, gathered = dry_run(config, strategy, workload)
-                assert gathered == traffic(config, strategy, workload).gathered
-                yield row(model, strategy, memory(config, strategy, workload).peak, dry.peak, start)
+                assert gathered == traffic(arch, strategy, workload).gathered
+                yield row(model, strategy, memory(arch, strategy, workload).peak, dry.peak, start)
 
 
 def measurements() -> Iterator[Row]:
@@ -90,25 +91,16 @@ def measurements() -> Iterator[Row]:
 
 def measured(model: str, ranks: int, master: bool, rows: int, tokens: int) -> Row:
     """A measured cell: its ranks in processes of their own."""
-    from mezo_scale.models.shapes import config_of
-    from mezo_scale.planner import Strategy, Workload, memory
+    from mezo_scale.planner import Strategy, Workload, architecture_of, memory
 
     strategy = Strategy("single" if ranks == 1 else "fsdp2", shard=ranks, master=master)
-    plan = memory(config_of(model), strategy, Workload(rows, tokens))
+    plan = memory(architecture_of(model), strategy, Workload(rows, tokens))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import plan_accuracy as p; "
-        processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"{code}p.rank({rank}, {ranks}, {model!r}, {master}, {rows}, {tokens}, {folder!r})",
-                ],
-                env=os.environ | BASE_ENVIRONMENT,
-            )
-            for rank in range(ranks)
-        ]
+        call = f"p.rank({{}}, {ranks}, {model!r}, {master}, {rows}, {tokens}, {folder!r})"
+        commands = [[sys.executable, "-c", code + call.format(rank)] for rank in range(ranks)]
+        processes = [subprocess.Popen(command, env=os.environ | BASE_ENVIRONMENT) for command in commands]
         codes = [process.wait() for process in processes]
         if any(codes):
             raise SystemExit(f"a rank of {model} on {ranks} failed")
@@ -196,15 +188,6 @@ def row(model: str, strategy: Any, plan: float, found: float, start: float) -> R
     }
 
 
-def write(path: pathlib.Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{path}: {len(rows)} rows", flush=True)
-
-
 def note(folder: pathlib.Path) -> None:
     """A page over the tables that are there."""
     import torch
@@ -223,14 +206,12 @@ def note(folder: pathlib.Path) -> None:
     ]
     for name, title in about.items():
         path = folder / f"{name}.csv"
-        if not path.is_file():
-            continue
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        worst = max(abs(float(one["error_percent"])) for one in rows)
-        lines += ["", f"## {title}", "", f"Largest error: **{worst:g}%**.", ""]
-        lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-        lines += ["| " + " | ".join(one.values()) + " |" for one in rows]
+        if path.is_file():
+            rows = pd.read_csv(path)
+            worst = rows["error_percent"].abs().max()
+            lines += ["", f"## {title}", "", f"Largest error: **{worst:g}%**.", ""]
+            table = (rows.columns, ["---"] * len(rows.columns), *rows.astype(str).to_numpy())
+            lines += [f"| {' | '.join(row)} |" for row in table]
     (folder / "plan_accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

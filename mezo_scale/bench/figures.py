@@ -1,23 +1,28 @@
-"""What a report says of each row: medians and spreads, ratios, and the planner's figure beside the measured one."""
+"""What a report says of the rows, as a frame: medians and spreads, ratios, and the planner's figure beside each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from mezo_scale.bench.cell import Cell
+from mezo_scale.bench.sweep import Cell, short_name
 from mezo_scale.errors import ModelError, RecipeError
-from mezo_scale.models.shapes import config_of
-from mezo_scale.planner import GIB, Workload, memory, traffic
+from mezo_scale.planner import GIB, Workload, architecture_of, memory, traffic
+from mezo_scale.planner.workload import BYTES
+
+_KEPT = ["waited", "device", "device_type", "threads", "cores", "torch", "date"]
+_KEPT += ["parameters", "layers", "layer_bytes", "gather_s"]
+_SAME = ["model", "tokens", "method", "num_directions", "dtype", "compute_dtype"]
+_BATCH = ["model", "dtype", "compute_dtype", "rows", "tokens"]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """One cell, measured, and planned where the planner has a figure (MeZO; not the baselines).
+def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One line per row that has measurements: the cell's fields and, of the rounds, medians and percentiles.
 
-    Attributes:
+    Columns:
+        name: of the model, short.
         step_s, low_s, high_s: median, 10th and 90th percentile of the rounds.
         ratio, ratio_low, ratio_high: step over two bare forwards per direction, within each round; the same three.
         tokens_s: of all ranks together, each token once however many branches see it.
@@ -26,128 +31,136 @@ class Figures:
         gathered, planned_gathered: bytes that the step's all-gathers fill on a rank.
         reduced, planned_reduced: bytes of its all-reduces.
         scattered: bytes of its reduce-scatters.
-        waited: part of the time for which the rank with the least luck had no core to run on.
         gathers: how often each weight is gathered: against one bare forward.
+        waited: part of the time for which the rank with the least luck had no core to run on.
+        strong, weak: efficiency (`efficiency`); strong_against, weak_against: of what.
+        device, device_type, threads, cores, rounds, torch, date, parameters, layers, layer_bytes, gather_s.
     """
-
-    cell: Cell
-    step_s: float
-    low_s: float
-    high_s: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    tokens_s: float
-    peak_gib: float
-    planned_gib: float | None
-    stored_gib: float
-    gathered: int
-    planned_gathered: int | None
-    reduced: int
-    planned_reduced: int | None
-    scattered: int
-    gathers: float
-    waited: float
-    device: str
-    device_type: str
-    threads: int
-    cores: int
-    rounds: int
+    cells = pd.DataFrame([_figures(row) for row in rows if "reason" not in row])
+    if len(cells):
+        cells = cells.sort_values(["model", "world_size", "rows"], kind="stable", ignore_index=True)
+        for kind in ("strong", "weak"):
+            cells[kind], cells[f"{kind}_against"] = efficiency(cells, kind)
+    return cells
 
 
-def figures(row: dict[str, Any]) -> Figures:
-    """Of a row that has measurements."""
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
     cell = Cell(**row["cell"])
     step, forwards = np.array(row["step_s"]), np.array(row["forwards_s"])
-    low, median, high = map(float, np.percentile(step, [10, 50, 90]))
-    ratio_low, ratio, ratio_high = map(float, np.percentile(step / forwards / cell.num_directions, [10, 50, 90]))
-    moved, bare = row["step_collectives"], row["forward_collectives"]
-    gathered, once = _bytes(moved, "allgather"), _bytes(bare, "allgather")
-    planned_peak, planned_gathered, planned_reduced = planned(cell)
-    return Figures(
-        cell=cell,
-        step_s=median,
-        low_s=low,
-        high_s=high,
-        ratio=ratio,
-        ratio_low=ratio_low,
-        ratio_high=ratio_high,
-        tokens_s=cell.rows * cell.tokens / median,
-        peak_gib=(row["peak_bytes"] - row["base_bytes"]) / GIB,
-        planned_gib=None if planned_peak is None else planned_peak / GIB,
-        stored_gib=row["stored_bytes"] / GIB,
-        gathered=gathered,
-        planned_gathered=planned_gathered,
-        reduced=_bytes(moved, "allreduce"),
-        planned_reduced=planned_reduced,
-        scattered=_bytes(moved, "reduce_scatter"),
-        gathers=gathered / once if once else 0.0,
-        waited=row["waited"],
-        device=row["device"],
-        device_type=row["device_type"],
-        threads=row["threads"],
-        cores=row["cores"],
-        rounds=len(step),
-    )
+    moved, once = row["step_collectives"], _bytes(row["forward_collectives"], "allgather")
+    gathered = _bytes(moved, "allgather")
+    return {
+        **row["cell"],
+        "compute_dtype": cell.compute_dtype or "",
+        "name": short_name(cell.model),
+        **dict(zip(("low_s", "step_s", "high_s"), _spread(step), strict=True)),
+        **dict(zip(("ratio_low", "ratio", "ratio_high"), _spread(step / forwards / cell.num_directions), strict=True)),
+        "forwards_s": float(np.median(forwards)),
+        "besides_s": float(np.median(step - forwards)),
+        "tokens_s": cell.rows * cell.tokens / float(np.median(step)),
+        "peak_gib": row["memory_bytes"] / GIB,
+        "stored_gib": row["stored_bytes"] / GIB,
+        "gathered": gathered,
+        "reduced": _bytes(moved, "allreduce"),
+        "scattered": _bytes(moved, "reduce_scatter"),
+        "gathers": gathered / once if once else 0.0,
+        "rounds": len(step),
+        **planned(cell),
+        **{name: row[name] for name in _KEPT},
+    }
 
 
 @lru_cache
-def planned(cell: Cell) -> tuple[int | None, int | None, int | None]:
-    """(peak bytes, bytes gathered, bytes all-reduced) by the planner's formulas; None for a baseline, and for a model
+def planned(cell: Cell) -> dict[str, float | int | None]:
+    """planned_gib, planned_gathered and planned_reduced by the planner's formulas; None for a rival, and for a model
     that is not there or that the planner refuses."""
+    names = ("planned_gib", "planned_gathered", "planned_reduced")
     if cell.method != "mezo":
-        return None, None, None
+        return dict.fromkeys(names)
     try:
-        config = config_of(cell.model.removeprefix("random:"))
+        arch = architecture_of(cell.model)
         dtype = cell.compute_dtype or cell.dtype
         workload = Workload(cell.rows // cell.world_size, cell.tokens, 2 * cell.num_directions, dtype)
-        moved = traffic(config, cell.spread, workload)
-        return memory(config, cell.spread, workload).peak, moved.gathered, moved.scalars
+        moved = traffic(arch, cell.spread, workload)
+        peak = memory(arch, cell.spread, workload).peak / GIB
     except (RecipeError, ModelError):  # rows outlive the folder that they were measured on
-        return None, None, None
+        return dict.fromkeys(names)
+    return dict(zip(names, (peak, moved.gathered, moved.scalars), strict=True))
 
 
-def efficiency(one: Figures, scaling: str, everyone: Sequence[Figures]) -> tuple[float, Figures] | None:
-    """Of a cell under strong or weak scaling, and against which: its own strategy on the fewest ranks, or, where that
-    was measured on one number of ranks alone, a single rank with the whole model. None if there is none to compare."""
-    likes = [other for other in everyone if _alike(one.cell, other.cell, scaling)]
-    own = [other for other in likes if other.cell.strategy == one.cell.strategy]
-    reference = min(own, key=lambda other: other.cell.world_size)
-    if len({other.cell.world_size for other in own}) == 1 and one.cell.world_size > 1:
-        alone = [other for other in likes if other.cell.world_size == 1 and not other.cell.spread.is_sharded]
-        if not alone:
-            return None
-        reference = alone[0]
-    return one.tokens_s / one.cell.world_size / (reference.tokens_s / reference.cell.world_size), reference
+def efficiency(cells: pd.DataFrame, kind: str) -> tuple[pd.Series, pd.Series]:
+    """Tokens per second and rank against a reference, and which one that is: the cell's own strategy on the fewest
+    ranks or, where that was measured on one number of ranks alone, a single rank with the whole model. Empty where
+    there is none to compare.
+
+    Args:
+        cells: of a frame, small worlds first.
+        kind: "strong": the same batch; "weak": the same rows on each rank.
+    """
+    alike = [*(cells[name] for name in _SAME), _share(cells, kind)]
+    own = [*alike, cells["strategy"]]
+    rate = cells["tokens_s"] / cells["world_size"]
+    label = cells["strategy"] + " on " + cells["world_size"].astype(str)
+    is_alone = (cells["world_size"] == 1) & (cells["strategy"] == "single")
+    several = (cells.groupby(own)["world_size"].transform("nunique") > 1) | (cells["world_size"] == 1)
+    references = [
+        values.groupby(own).transform("first").where(several, values.where(is_alone).groupby(alike).transform("first"))
+        for values in (rate, label)
+    ]
+    return rate / references[0], references[1].where(references[1] != label)
 
 
-def series(everyone: Sequence[Figures], scaling: str) -> list[Figures]:
-    """MeZO's cells that belong to one kind of scaling: the batch, or each rank's part of it, is that of the fewest
-    ranks."""
-    found = []
-    for one in everyone:
-        if one.cell.method == "mezo" and one.cell.num_directions == 1:
-            fewest = min(
-                (other for other in everyone if _same_model(one.cell, other.cell)),
-                key=lambda other: (other.cell.world_size, other.cell.rows),
-            ).cell
-            if _share(one.cell, scaling) == _share(fewest, scaling):
-                found.append(one)
-    return sorted(found, key=lambda one: (one.cell.model, one.cell.strategy, one.cell.world_size))
+def series(cells: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """MeZO's cells of one direction that belong to one kind of scaling: the batch, or each rank's part of it, is that
+    of the fewest ranks."""
+    share = _share(cells, kind)
+    fewest = share.groupby([cells[name] for name in _SAME]).transform("first")
+    ours = (cells["method"] == "mezo") & (cells["num_directions"] == 1) & (share == fewest)
+    return cells[ours].sort_values(["model", "strategy", "world_size"], kind="stable")
 
 
-def _share(cell: Cell, scaling: str) -> float:
-    return cell.rows if scaling == "strong" else cell.rows / cell.world_size
+def beside_mezo(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every rival, and MeZO in one direction on the same rows; step_s_mezo and peak_gib_mezo are those of MeZO on the
+    same ranks, under the same strategy if it is there."""
+    cells = cells[cells["num_directions"] == 1].reset_index()
+    with_rival = (cells["method"] != "mezo").groupby([cells[name] for name in _BATCH]).transform("any")
+    ours = cells.loc[cells["method"] == "mezo", [*_BATCH, "world_size", "strategy", "step_s", "peak_gib"]]
+    pairs = cells[with_rival].merge(ours, on=[*_BATCH, "world_size"], suffixes=("", "_mezo"))
+    pairs["other"] = pairs["strategy"] != pairs["strategy_mezo"]
+    nearest = pairs.sort_values(["other"], kind="stable").drop_duplicates("index")
+    return nearest.sort_values(["model", "world_size", "strategy", "method"], kind="stable")
 
 
-def _same_model(one: Cell, other: Cell) -> bool:
-    names = ("model", "tokens", "method", "num_directions", "dtype", "compute_dtype")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+def rates(cells: pd.DataFrame) -> dict[str, float]:
+    """What GPUs measured of the planner's rates, for `plan --rate`: compute from two bare forwards on one GPU, noise
+    from what a step takes besides, gathering inside a node from gathering a decoder layer."""
+    found: dict[str, float] = {}
+    if not len(cells) or not (cells["device_type"] == "cuda").any():
+        return found
+    cells = cells[cells["device_type"] == "cuda"]
+    alone = cells[(cells["world_size"] == 1) & (cells["strategy"] == "single")]
+    alone = alone[(alone["method"] == "mezo") & (alone["num_directions"] == 1)]
+    if len(alone):
+        one = alone.loc[alone["parameters"].idxmax()]
+        per_token = 2 * one.layers * one.layer_bytes // BYTES[one["dtype"]]
+        per_token += 4 * one.layers * architecture_of(one.model).hidden * one.tokens
+        found["compute_tflops"] = float(2 * one.rows * one.tokens * per_token / one.forwards_s / 1e12)
+        if one.besides_s > 0:
+            found["noise_g_s"] = float(2 * one.parameters / one.besides_s / 1e9)
+    gathers = cells[cells["gather_s"].notna() & (cells["world_size"] <= 8)]
+    if len(gathers):
+        one = gathers.sort_values(["world_size", "layer_bytes"]).iloc[-1]
+        found["inside_gb_s"] = float(one.layer_bytes * (1 - 1 / one.world_size) / one.gather_s / 1e9)
+    return found
 
 
-def _alike(one: Cell, other: Cell, scaling: str) -> bool:
-    return _same_model(one, other) and _share(one, scaling) == _share(other, scaling)
+def _share(cells: pd.DataFrame, kind: str) -> pd.Series:
+    return cells["rows"] / (1 if kind == "strong" else cells["world_size"])
 
 
 def _bytes(collectives: Sequence[dict[str, Any]], kind: str) -> int:
     return sum(one["bytes"] for one in collectives if kind in one["op"])
+
+
+def _spread(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.percentile(values, [10, 50, 90])]

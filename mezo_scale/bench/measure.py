@@ -1,20 +1,17 @@
 """One rank of one cell: builds the model, counts a step's collectives, weighs it, times it.
 
-Run by `processes` as: python -m mezo_scale.bench.measure REQUEST.json OUTCOME.json
+Run by `running` as: python -m mezo_scale.bench.measure CELL ROUNDS, both in JSON; it prints what it found.
 """
 
-import importlib.util
 import json
 import os
 import platform
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,12 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mezo_scale import models, noise, recipe
-from mezo_scale.bench.cell import Cell
 from mezo_scale.bench.counting import Traffic, summed
+from mezo_scale.bench.rivals import RIVALS
+from mezo_scale.bench.sweep import Cell
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import PeakMemory, keep_freed_memory
 from mezo_scale.distributed.world import World, process_group
-from mezo_scale.errors import MezoError, RecipeError
+from mezo_scale.errors import MezoError
 from mezo_scale.models.checkpoints import silence_transformers
 from mezo_scale.models.shapes import config_of
 from mezo_scale.models.units import units
@@ -37,20 +35,21 @@ from mezo_scale.optim.mezo import MeZO
 from mezo_scale.sharding import discover, shards
 from mezo_scale.tasks.kinds.candidates import candidates_loss
 
-_BASELINES = Path("tools") / "baselines.py"
+SAID = "mezo-bench: "  # before what a rank says of its cell
 
 Step = Callable[[], float]
 
 
 def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
-    """This rank's figures. Every rank of the world calls it.
+    """The cell's figures, the same on every rank. Every rank of the world calls it.
 
     Returns:
-        step_s, forwards_s: seconds of each round's step, and of the two bare forwards on the same rows after it.
-        peak_bytes, base_bytes: most memory during a step; what the process had before there was a model.
-        stored_bytes: of the shards. parameters, layers: of the whole model.
-        step_collectives, forward_collectives: see `counting.summed`; of one step, and of one bare forward.
-        waited: part of that time for which the process had work but no core: other programs had it.
+        step_s, forwards_s: seconds of each round's step, and of the two bare forwards on the same rows after it; of the
+            slowest rank.
+        memory_bytes: most during a step, beyond what the process had before there was a model; of the largest rank.
+        stored_bytes: of the shards, likewise. parameters, layers: of the whole model.
+        step_collectives, forward_collectives: see `counting.summed`; of this rank in one step, and in one bare forward.
+        waited: part of that time for which the unluckiest rank had work but no core: other programs had it.
         layer_bytes, gather_s: of a decoder layer as it is gathered; seconds of gathering that much. None on one rank.
     """
     memory = PeakMemory(world.device)
@@ -78,12 +77,15 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
     seconds = _interleave({"step_s": step, "forwards_s": lambda: (forward(), forward())}, rounds, world)
     waited = (_waited_s() - waited) / (time.perf_counter() - began)
     count, layers, layer_bytes = _size(loaded.model, cell)
+    stored = sum(shard.local.nbytes for shard in shards(loaded.model))
+    mine = [*seconds["step_s"], *seconds["forwards_s"], peak - base, stored, waited]
+    *times, memory_bytes, stored_bytes, waited = _largest(mine)
     return {
-        **seconds,
+        "step_s": times[:rounds],
+        "forwards_s": times[rounds:],
         "loss": loss,
-        "peak_bytes": peak,
-        "base_bytes": base,
-        "stored_bytes": sum(shard.local.nbytes for shard in shards(loaded.model)),
+        "memory_bytes": int(memory_bytes),
+        "stored_bytes": int(stored_bytes),
         "waited": waited,
         "parameters": count,
         "layers": layers,
@@ -99,16 +101,12 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
     }
 
 
-def baselines() -> ModuleType:
-    """tools/baselines.py of the checkout, or where it was installed to. Raises RecipeError."""
-    installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale"
-    for place in (Path(__file__).parents[2], installed):
-        spec = importlib.util.spec_from_file_location("mezo_scale_baselines", place / _BASELINES)
-        if (place / _BASELINES).is_file() and spec is not None and spec.loader is not None:
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module
-    raise RecipeError(f"there is no {_BASELINES} beside the package or in {installed}: take only --method mezo")
+def _largest(values: list[float]) -> list[float]:
+    """Each value's largest over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [float(value) for value in tensor]
 
 
 def _recipe(cell: Cell) -> recipe.Recipe:
@@ -137,8 +135,8 @@ def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, 
     if cell.method == "mezo":
         optimizer = MeZO(model, num_directions=cell.num_directions, dtype=loaded.scratch_dtype)
         return partial(optimizer.step, batch=batch, objective=objective), forward
-    baseline = baselines().BASELINES[cell.method](model)
-    return partial(baseline.step, batch, objective), forward
+    rival = RIVALS[cell.method](model)
+    return partial(rival.step, batch, objective), forward
 
 
 def _batch(cell: Cell, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
@@ -241,24 +239,23 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def main(request: Path, outcome: Path) -> None:
-    """Writes {"figures": ...} or {"reason": ...}; a process that is killed writes nothing."""
+def main(cell: Cell, rounds: int) -> None:
+    """Prints figures, from rank 0, or the reason of a rank that has none; one that is killed prints nothing."""
     silence_transformers()
-    asked = json.loads(request.read_text(encoding="utf-8"))
-    cell = Cell(**asked["cell"])
+    rank, failed = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))), False
     try:
         with process_group(always_group=Strategy(cell.strategy).needs_group) as world:
             with world.raise_on_all():
                 models.check(_recipe(cell), world)
-            answer: dict[str, Any] = {"figures": measure(cell, asked["rounds"], world)}
+            answer: dict[str, Any] = {"figures": measure(cell, rounds, world)}
     except Exception as error:
         traceback.print_exc()
-        answer = {"reason": _reason(error)}
-    beside = outcome.with_suffix(".partial")
-    beside.write_text(json.dumps(answer), encoding="utf-8")
-    beside.replace(outcome)
-    sys.exit("figures" not in answer)
+        answer, failed = {"reason": _reason(error)}, True
+    if failed or rank == 0:
+        sys.stderr.flush()
+        os.write(1, f"\n{SAID}{json.dumps({'rank': rank} | answer)}\n".encode())  # at once, for ranks share the file
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Cell(**json.loads(sys.argv[1])), json.loads(sys.argv[2]))

@@ -14,10 +14,13 @@ from mezo_scale.errors import ShardingError
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(help="A model by name (opt-66b), a folder or its config.json, a hub name.")],
-    gpus: Annotated[int, typer.Option(help="Devices in all, one rank each.")],
+    gpus: Annotated[
+        str,
+        typer.Option(help="Devices in all, one rank each; several numbers (1,2,4..64) make a projection over them."),
+    ],
     gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each device.")],
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="Devices of each node; default: 8, or all if fewer.")
+        int | None, typer.Option(min=1, help="Devices of each node; default: 8, or all if fewer.")
     ] = None,
     host_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of each node, for what is offloaded; default: enough.")
@@ -39,18 +42,24 @@ def plan(
     ] = False,
 ) -> None:
     """Say what fits on which devices, and how: the memory, traffic and time of every strategy, before you book."""
-    from mezo_scale.planner import Cluster, Rates, Report, Workload
+    from mezo_scale.planner import Cluster, Rates, Report, Workload, device_counts, scaling_table
 
-    per_node = min(gpus, 8) if gpus_per_node is None else gpus_per_node
-    cluster = Cluster(gpus, per_node, gpu_memory, headroom, host_memory)
-    workload = Workload(rows, tokens, 2 * directions, dtype, positions)
+    workload, rates = Workload(rows, tokens, 2 * directions, dtype, positions), Rates.parse(rate or ())
+    clusters = [
+        Cluster(count, gpus_per_node or min(count, 8), gpu_memory, headroom, host_memory)
+        for count in device_counts(gpus)
+    ]
     tell = partial(typer.echo, err=True) if dry_run else None
-    report = Report.make(model, cluster, workload, Rates.parse(rate or ()), recipe, dry_run=tell)
+    reports = [Report.make(model, cluster, workload, rates, recipe, dry_run=tell) for cluster in clusters]
+    last = reports[-1]
     if as_json:
-        typer.echo(json.dumps(report.as_json(), indent=2))
+        trees = [report.as_json() for report in reports]
+        typer.echo(json.dumps(trees if len(trees) > 1 else trees[0], indent=2))
+    elif len(reports) > 1:
+        console().print(scaling_table(reports))
+        typer.echo("\n".join(last.formula()))
     else:
-        console().print(report.table())
-        for line in report.lines():
-            typer.echo(line)
-    if report.choice is None:
-        raise ShardingError(report.nothing_fits())
+        console().print(last.table())
+        typer.echo("\n".join(last.lines()))
+    if all(report.choice is None for report in reports):
+        raise ShardingError(last.nothing_fits())

@@ -4,11 +4,12 @@ What the name of a strategy means is said here alone: elsewhere one asks a `Stra
 """
 
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Protocol
-
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing import TYPE_CHECKING, Protocol
 
 from mezo_scale.errors import RecipeError, ShardingError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _OFFLOADS: dict[str, tuple[str | None, ...]] = {
     "single": (None,),
@@ -215,10 +216,12 @@ class Strategy:
         """Whether a step can be taken on tensors without memory: not with DeepSpeed or copies from the host."""
         return not self.is_deepspeed and self.offload is None
 
-    def mesh(self, device_type: str) -> DeviceMesh:
+    def mesh(self, device_type: str) -> "DeviceMesh":
         """The device mesh of `fully_shard`: ("replicate", "shard"), or ("shard",) alone where there is one copy.
 
         Every rank calls it, in a process group of `world_size` ranks.
         """
+        from torch.distributed.device_mesh import init_device_mesh  # seconds to import, and planning needs no torch
+
         mesh = init_device_mesh(device_type, (self.replicate, self.shard), mesh_dim_names=("replicate", "shard"))
         return mesh if self.replicate > 1 else mesh["shard"]

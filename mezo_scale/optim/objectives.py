@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["labels"]
+
 IGNORED = -100
 """The label of a position that counts for nothing, as in torch's cross-entropy."""
 

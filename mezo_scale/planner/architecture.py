@@ -1,35 +1,45 @@
 """A model as the planner sees it: what is gathered together, what is perturbed together, and how wide it gets.
 
-Read from the model's modules on the meta device, so that any architecture that transformers knows can be planned.
+Published shapes come from known.json, for which nothing heavy is imported (`tools/known_shapes.py` makes it, a test
+compares it with the models). Any other is read from the model's modules on the meta device.
 """
 
+import json
 import math
+from collections import Counter
 from dataclasses import dataclass
-
-from torch import nn
-from transformers import PretrainedConfig
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import ModelError
-from mezo_scale.models.shapes import skeleton
-from mezo_scale.models.units import units
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+KNOWN = Path(__file__).with_name("known.json")
 Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP2 gathers at once (`models.shard_fsdp2`): a decoder layer, an untied table, or the rest: the root.
+    """What is gathered at once (`models.units`): a decoder layer, an untied table, or the rest: the root.
 
     Attributes:
         kind: "layer", "table" or "root".
         shapes: of its parameters, each once.
+        count: of such units, one after the other.
     """
 
     kind: str
     shapes: Shapes
+    count: int = 1
 
     @property
     def numel(self) -> int:
+        """Parameters of one of them."""
         return sum(map(math.prod, self.shapes))
 
 
@@ -38,18 +48,20 @@ class Owner:
     """A module with parameters: its weights are perturbed together, and ZeRO-3 gathers them together.
 
     Attributes:
-        unit: position in `Architecture.units` of the one that its parameters belong to.
+        kind: of the unit that its parameters belong to.
         lookup: a table of which only the rows that are looked up are perturbed.
         shapes: of its parameters, tied ones included.
+        count: of such modules in the model.
     """
 
-    unit: int
+    kind: str
     lookup: bool
     shapes: Shapes
+    count: int = 1
 
     @property
-    def numel(self) -> int:
-        return sum(map(math.prod, self.shapes))
+    def largest(self) -> int:
+        return max(map(math.prod, self.shapes))
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Architecture:
         inner: values per token inside the widest part of a layer, as many as are alive at once.
         attention: the same inside attention: queries, keys and values and what is made of them.
         vocabulary: rows of the output table.
+        hub: what the model is called on the hub, if its shape is a published one.
     """
 
     units: tuple[Unit, ...]
@@ -71,34 +84,71 @@ class Architecture:
     inner: int
     attention: int
     vocabulary: int
+    hub: str | None = None
 
     @property
     def numel(self) -> int:
         """Parameters, tied ones once."""
-        return sum(unit.numel for unit in self.units)
+        return sum(unit.numel * unit.count for unit in self.units)
 
     @property
     def layers(self) -> int:
-        return sum(unit.kind == "layer" for unit in self.units)
+        return sum(unit.count for unit in self.units if unit.kind == "layer")
 
 
-_KNOWN: dict[str, Architecture] = {}
+def architecture_of(name: str) -> Architecture:
+    """Of a model by name: a published shape, a name on the hub, a folder or its config.json.
+
+    Raises:
+        RecipeError: there is no such model.
+        ModelError: it is quantised, no causal language model, or does not say how wide it is.
+    """
+    key = name.removeprefix("random:").lower()
+    if key in _known():
+        return _known()[key]
+    from mezo_scale.models.shapes import config_of  # seconds to import
+
+    return architecture(config_of(name))
 
 
-def architecture(config: PretrainedConfig) -> Architecture:
+_READ: dict[str, Architecture] = {}
+
+
+def architecture(config: "PretrainedConfig") -> Architecture:
     """Of the model that this configuration describes. Raises ModelError: it does not say how wide it is."""
+    from mezo_scale.models.shapes import skeleton
+
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
-    if key not in _KNOWN:
-        _KNOWN[key] = _read(skeleton(config), config.get_text_config())
-    return _KNOWN[key]
+    if key not in _READ:
+        _READ[key] = _read(skeleton(config), config.get_text_config())
+    return _READ[key]
 
 
-def _read(model: nn.Module, config: PretrainedConfig) -> Architecture:
+@cache
+def _known() -> dict[str, Architecture]:
+    """The published shapes, by their short names and by those on the hub."""
+    known = {}
+    for name, tree in json.loads(KNOWN.read_text(encoding="utf-8")).items():
+        units = tuple(Unit(**unit | {"shapes": _tuples(unit["shapes"])}) for unit in tree.pop("units"))
+        owners = tuple(Owner(**owner | {"shapes": _tuples(owner["shapes"])}) for owner in tree.pop("owners"))
+        known[name] = known[tree["hub"].lower()] = Architecture(units, owners, **tree)
+    return known
+
+
+def _tuples(shapes: list[list[int]]) -> Shapes:
+    return tuple(map(tuple, shapes))
+
+
+def _read(model: "nn.Module", config: "PretrainedConfig") -> Architecture:
+    from torch import nn
+
+    from mezo_scale.models.units import units
+
     parts = units(model)
     unit_of = {module: number for number, part in enumerate(parts) for module in part.module.modules()}
     seen: set[int] = set()
     shapes: list[list[tuple[int, ...]]] = [[] for _ in parts]
-    owners = []
+    owners: Counter[Owner] = Counter()
     for module in model.modules():
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         for parameter in own:
@@ -106,16 +156,23 @@ def _read(model: nn.Module, config: PretrainedConfig) -> Architecture:
                 seen.add(id(parameter))
                 shapes[unit_of[module]].append(tuple(parameter.shape))
         if own:
-            lookup = isinstance(module, nn.Embedding)
-            owners.append(Owner(unit_of[module], lookup, tuple(tuple(parameter.shape) for parameter in own)))
-    planned = tuple(Unit(part.kind, tuple(own)) for part, own in zip(parts, shapes, strict=True))
+            kind, lookup = parts[unit_of[module]].kind, isinstance(module, nn.Embedding)
+            owners[Owner(kind, lookup, tuple(tuple(parameter.shape) for parameter in own))] += 1
+    alike = groupby((part.kind, tuple(own)) for part, own in zip(parts, shapes, strict=True))
     hidden = _field(config, "hidden_size")
     layers = [part.module for part in parts if part.kind == "layer"]
     inner, attention = _widths(layers[0], config) if layers else (hidden, hidden)
-    return Architecture(planned, tuple(owners), hidden, inner, attention, _field(config, "vocab_size"))
+    return Architecture(
+        tuple(Unit(kind, own, len(list(group))) for (kind, own), group in alike),
+        tuple(Owner(owner.kind, owner.lookup, owner.shapes, count) for owner, count in owners.items()),
+        hidden,
+        inner,
+        attention,
+        _field(config, "vocab_size"),
+    )
 
 
-def _field(config: PretrainedConfig, name: str) -> int:
+def _field(config: "PretrainedConfig", name: str) -> int:
     """A width that the arithmetic needs. Raises ModelError: the configuration has none, or one per layer."""
     try:
         value = getattr(config, name, None)
@@ -129,8 +186,10 @@ def _field(config: PretrainedConfig, name: str) -> int:
     return value
 
 
-def _widths(layer: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
+def _widths(layer: "nn.Module", config: Any) -> tuple[int, int]:
     """(inner, attention) of `Architecture`, from the widths of a layer's matrices."""
+    from torch import nn
+
     widths = [module.out_features for module in layer.modules() if isinstance(module, nn.Linear)]
     widest = max(widths, default=_field(config, "hidden_size"))
     # The activation function is given one tensor and makes another; a gated one makes the product besides.

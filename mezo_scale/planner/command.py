@@ -4,24 +4,15 @@ import shlex
 from pathlib import Path
 
 from mezo_scale.distributed.layout import Strategy
-from mezo_scale.models.shapes import hub_name
-from mezo_scale.planner.plan import NVME_CONFIG, Cluster
+from mezo_scale.planner.deepspeed import CONFIGS
+from mezo_scale.planner.plan import Cluster
 from mezo_scale.planner.workload import Workload
-
-# By (storage, offload).
-_DS_CONFIGS = {
-    ("float32", None): "ds_configs/zero3.json",
-    ("float32", "cpu"): "ds_configs/zero3_offload_cpu.json",
-    ("float32", "nvme"): NVME_CONFIG,
-    ("bfloat16", None): "ds_configs/zero3_bf16.json",
-    ("bfloat16", "cpu"): "ds_configs/zero3_bf16_offload_cpu.json",
-}
 
 
 def overrides(model: str, strategy: Strategy, workload: Workload) -> list[str]:
-    """What a recipe has to say for this strategy, as `key=value`."""
+    """What a recipe has to say for this strategy, as `key=value`; `model` as a recipe names it, or its config.json."""
     stored = workload.stored(strategy)
-    name = str(Path(model).parent) if model.endswith("config.json") else hub_name(model)
+    name = str(Path(model).parent) if model.endswith("config.json") else model
     found = [
         f"model.name={name}",
         f"model.dtype={stored}",
@@ -31,7 +22,7 @@ def overrides(model: str, strategy: Strategy, workload: Workload) -> list[str]:
     if strategy.is_hybrid:
         found.append(f"sharding.replicate={strategy.replicate}")
     if strategy.is_deepspeed:
-        found.append(f"sharding.ds_config={_DS_CONFIGS[stored, strategy.offload]}")
+        found.append(f"sharding.ds_config={CONFIGS[stored, strategy.offload]}")
     elif strategy.offload == "cpu":
         found.append("sharding.cpu_offload=true")
     if workload.branches > 2:

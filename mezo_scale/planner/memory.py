@@ -11,17 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-from transformers import PretrainedConfig
-
 from mezo_scale.distributed.layout import Strategy
-from mezo_scale.perturbation.scratch import ALIGN
-from mezo_scale.planner.architecture import Architecture, Shapes, architecture
+from mezo_scale.planner.architecture import Architecture, Shapes
+from mezo_scale.planner.deepspeed import zero3_settings
 from mezo_scale.planner.workload import BYTES, Workload
 
 LEARNING_ROWS = 3  # rows of the small runs with which the view learns how a model divides (perturbation/pairing.py)
-
-# ds_configs/*.json: elements that DeepSpeed holds gathered at most, and fetches in one bucket.
-MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
+ALIGN = 64  # perturbation/scratch.py, which imports torch; a test compares the two
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,10 @@ class Memory:
         return int(sum(astuple(self))) - self.host
 
 
-def memory(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> Memory:
+def memory(arch: Architecture, strategy: Strategy, workload: Workload) -> Memory:
     """Bytes per device at the peak of a step, the first one included."""
-    arch = architecture(config)
     stored, compute = BYTES[workload.stored(strategy)], BYTES[workload.dtype]
-    elements = sum(shard_numel(unit.shapes, strategy) for unit in arch.units)
+    elements = shards_numel(arch, strategy)
     shards, master = elements * min(stored, compute), elements * max(stored - compute, 0)
     scratch = _scratch(arch, strategy, workload)
     tall = workload.rows * workload.branches
@@ -67,16 +62,16 @@ def memory(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> 
     return Memory(0, 0, gathered, scratch, activations, logits, host=shards + master)
 
 
-def saving(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> int:
+def saving(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
     """Bytes of host memory that rank 0 needs to save a checkpoint, besides what it stores.
 
     The largest parameter, whole, and another rank's part of it (`sharding/gather.py`). Where a checkpoint has other
     shapes than the model, the largest tensor that is made of a parameter comes to that.
     """
     size = BYTES[workload.stored(strategy)]
-    shapes = (shape for unit in architecture(config).units for shape in unit.shapes)
+    shapes = (shape for unit in arch.units for shape in unit.shapes)
     parts = strategy.shard > 1
-    return size * max(math.prod(shape) + (shard_numel((shape,), strategy) if parts else 0) for shape in shapes)
+    return max(size * (math.prod(shape) + (shard_numel((shape,), strategy) if parts else 0)) for shape in shapes)
 
 
 def shard_numel(shapes: Shapes, strategy: Strategy) -> int:
@@ -84,6 +79,11 @@ def shard_numel(shapes: Shapes, strategy: Strategy) -> int:
     if strategy.is_deepspeed:  # flat, each parameter in equal parts
         return sum(-(-math.prod(shape) // strategy.shard) for shape in shapes)
     return sum(-(-shape[0] // strategy.shard) * math.prod(shape[1:]) for shape in shapes)  # rows of dim 0
+
+
+def shards_numel(arch: Architecture, strategy: Strategy) -> int:
+    """Elements that a rank stores of the whole model, padding included."""
+    return sum(unit.count * shard_numel(unit.shapes, strategy) for unit in arch.units)
 
 
 def gathered_dtype(kind: str, strategy: Strategy, workload: Workload) -> str:
@@ -112,19 +112,20 @@ def _moments_fsdp2(
 ) -> Iterator[tuple[int, int, int]]:
     """FSDP2 keeps the buffer of one unit until the next one's weights are copied out of theirs: at that moment three
     units are there, then two. The root's weights stay until its forward pass ends."""
+    units = [unit for unit in arch.units for _ in range(unit.count)]
     whole = [
         shard_numel(unit.shapes, strategy) * strategy.shard * BYTES[gathered_dtype(unit.kind, strategy, workload)]
-        for unit in arch.units
+        for unit in units
     ]
     buffers = whole if strategy.shard > 1 else [0] * len(whole)
     root = whole[0]
     yield buffers[0] + root, 0, 0
     between = inside["root"][0]
-    for i in range(1, len(arch.units)):
-        last = i == len(arch.units) - 1 and arch.units[i].kind == "table"
+    for i in range(1, len(units)):
+        last = i == len(units) - 1 and units[i].kind == "table"
         yield root + buffers[i - 1] + buffers[i] + whole[i], between // 2 if last else between, 0
-        yield root + buffers[i] + whole[i], *inside[arch.units[i].kind]
-    in_root = arch.units[-1].kind != "table"
+        yield root + buffers[i] + whole[i], *inside[units[i].kind]
+    in_root = units[-1].kind != "table"
     yield root + buffers[-1] + (0 if in_root else whole[-1]), *inside["last"]
 
 
@@ -136,8 +137,9 @@ def _moments_zero3(
     if strategy.shard == 1 and strategy.offload is None:
         live = 0
     else:
-        largest = max(math.prod(shape) for owner in arch.owners for shape in owner.shapes)
-        live = min(arch.numel, MAX_LIVE + largest) + min(arch.numel, PREFETCH)
+        settings = zero3_settings(workload.stored(strategy), strategy.offload)
+        most = settings["stage3_max_live_parameters"] + max(owner.largest for owner in arch.owners)
+        live = min(arch.numel, most) + min(arch.numel, settings["stage3_prefetch_bucket_size"])
     size = BYTES[workload.stored(strategy)]
     yield live * size, *inside["layer"]
     yield live * size, *inside["last"]
@@ -183,7 +185,7 @@ def _scratch(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
             continue
         need: dict[str, int] = defaultdict(int)
         for shape in owner.shapes:
-            dtype = gathered_dtype(arch.units[owner.unit].kind, strategy, workload)
+            dtype = gathered_dtype(owner.kind, strategy, workload)
             if autocast and len(shape) > 1:
                 dtype = workload.dtype
             need[dtype] += -(-together * math.prod(shape) // ALIGN) * ALIGN

@@ -3,18 +3,20 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from mezo_scale.distributed.layout import STRATEGIES, Strategy
 from mezo_scale.errors import RecipeError, ShardingError
-from mezo_scale.planner.architecture import architecture
+from mezo_scale.planner.architecture import Architecture
+from mezo_scale.planner.deepspeed import CONFIGS, zero3_settings
 from mezo_scale.planner.memory import Memory, memory, shard_numel
-from mezo_scale.planner.rates import Rates, seconds
+from mezo_scale.planner.rates import Rates, Seconds, seconds
 from mezo_scale.planner.traffic import Traffic, traffic
 from mezo_scale.planner.workload import GIB, Workload
 
-NVME_CONFIG, NVME_BUFFER = "ds_configs/zero3_offload_nvme.json", 100_000_000  # elements: its buffer_size
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _MANY = 4096  # devices, beyond which nobody is sent
 
 
@@ -60,6 +62,27 @@ class Cluster:
         return self.memory_gib * (1 - self.headroom)
 
 
+def device_counts(text: str) -> list[int]:
+    """ "8" or "1,2,4..64": numbers of devices, rising; between a pair with dots each is twice the one before.
+
+    Raises:
+        RecipeError: text that is no such list.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        if not first.strip().isdecimal() or (dots and not last.strip().isdecimal()):
+            raise RecipeError(f"--gpus is {text!r}: expected a number, or numbers like 1,2,4..64 (each twice the last)")
+        found.append(int(first))
+        while dots and 0 < found[-1] * 2 <= int(last):
+            found.append(found[-1] * 2)
+        if dots and found[-1] != int(last):
+            raise RecipeError(f"--gpus is {text!r}: doubling {first} does not come to {last}; write the numbers out")
+    if found != sorted(set(found)):
+        raise RecipeError(f"--gpus is {text!r}: expected rising numbers, each once")
+    return found
+
+
 @dataclass(frozen=True)
 class Entry:
     """A strategy, and what a step of it takes. Bytes per device; `note` says what else keeps it from running."""
@@ -67,7 +90,7 @@ class Entry:
     strategy: Strategy
     memory: Memory
     traffic: Traffic
-    seconds: float
+    seconds: Seconds
     fits: bool
     host_gib: float
     note: str = ""
@@ -92,21 +115,20 @@ def strategies(cluster: Cluster, workload: Workload) -> Iterator[Strategy]:
             for copies in range(2, gpus):
                 if gpus % copies == 0:
                     yield Strategy("hsdp", replicate=copies, shard=gpus // copies, offload=offload, master=master)
-        if workload.dtype != "float16":  # there is no DeepSpeed configuration for it
-            for offload in (None, "cpu", "nvme"):
-                stored = "float32" if master else workload.dtype
-                if (gpus > 1 or offload) and (offload != "nvme" or stored == "float32"):
-                    yield Strategy("zero3", shard=gpus, offload=offload, master=master)
+        stored = "float32" if master else workload.dtype
+        for offload in (None, "cpu", "nvme"):
+            if (gpus > 1 or offload) and (stored, offload) in CONFIGS:
+                yield Strategy("zero3", shard=gpus, offload=offload, master=master)
 
 
 def plan(
-    config: PretrainedConfig,
+    arch: Architecture,
     cluster: Cluster,
     workload: Workload,
     rates: Rates = Rates(),  # noqa: B008
 ) -> list[Entry]:
     """Every strategy, in the order of `strategies`."""
-    return [_entry(config, strategy, cluster, workload, rates) for strategy in strategies(cluster, workload)]
+    return [_entry(arch, strategy, cluster, workload, rates) for strategy in strategies(cluster, workload)]
 
 
 def recommended(entries: list[Entry]) -> Entry | None:
@@ -119,7 +141,7 @@ def recommended(entries: list[Entry]) -> Entry | None:
         key=lambda entry: (
             masters and not entry.strategy.master,
             (None, "cpu", "nvme").index(entry.strategy.offload),
-            round(entry.seconds, 3),
+            round(entry.seconds.step, 3),
             entry.traffic.gathered,
             STRATEGIES.index(entry.strategy.name),
         ),
@@ -127,7 +149,7 @@ def recommended(entries: list[Entry]) -> Entry | None:
     )
 
 
-def with_dry_run(config: PretrainedConfig, entry: Entry, workload: Workload) -> Entry:
+def with_dry_run(config: "PretrainedConfig", entry: Entry, workload: Workload) -> Entry:
     """The entry with the figures of its dry run, where there is one."""
     from mezo_scale.planner.dry_run import can_run, dry_run  # seconds to import
 
@@ -141,12 +163,12 @@ def with_dry_run(config: PretrainedConfig, entry: Entry, workload: Workload) -> 
 
 
 def devices_needed(
-    config: PretrainedConfig, cluster: Cluster, workload: Workload, *, master: bool, offload: str | None = None
+    arch: Architecture, cluster: Cluster, workload: Workload, *, master: bool, offload: str | None = None
 ) -> int | None:
     """From how many such devices on FSDP2 over all of them fits; None: on no number."""
 
     def fits(gpus: int) -> bool:
-        peak = memory(config, Strategy("fsdp2", shard=gpus, offload=offload, master=master), workload).peak
+        peak = memory(arch, Strategy("fsdp2", shard=gpus, offload=offload, master=master), workload).peak
         return peak <= cluster.usable_gib * GIB
 
     node = cluster.gpus_per_node
@@ -155,18 +177,19 @@ def devices_needed(
     return numbers[first] if first < len(numbers) else None
 
 
-def _entry(config: PretrainedConfig, strategy: Strategy, cluster: Cluster, workload: Workload, rates: Rates) -> Entry:
-    needed = memory(config, strategy, workload)
-    moved = traffic(config, strategy, workload, cluster.gpus_per_node)
-    time = seconds(config, strategy, workload, rates, cluster.gpus_per_node)
+def _entry(arch: Architecture, strategy: Strategy, cluster: Cluster, workload: Workload, rates: Rates) -> Entry:
+    needed = memory(arch, strategy, workload)
+    moved = traffic(arch, strategy, workload, cluster.gpus_per_node)
+    time = seconds(arch, strategy, workload, rates, cluster.gpus_per_node)
     host = needed.host * min(cluster.gpus, cluster.gpus_per_node) / GIB if strategy.offload == "cpu" else 0.0
     note = ""
     if strategy.offload == "cpu" and cluster.host_gib is not None and host > cluster.host_gib:
         note = f"takes {host:.0f} GiB of each node's memory, which has {cluster.host_gib:g}"
     if strategy.offload == "nvme":
-        shapes = (shape for unit in architecture(config).units for shape in unit.shapes)
-        largest = max(shard_numel((shape,), strategy) for shape in shapes)
-        if largest > NVME_BUFFER:
-            note = f"its largest shard, {largest / 1e6:.0f} M elements, does not fit the buffers of {NVME_CONFIG}"
+        stored = workload.stored(strategy)
+        largest = max(shard_numel((shape,), strategy) for unit in arch.units for shape in unit.shapes)
+        if largest > zero3_settings(stored, "nvme")["offload_param"]["buffer_size"]:
+            config = CONFIGS[stored, "nvme"]
+            note = f"its largest shard, {largest / 1e6:.0f} M elements, does not fit the buffers of {config}"
     fits = needed.peak <= cluster.usable_gib * GIB and not note
     return Entry(strategy, needed, moved, time, fits, host, note)

@@ -4,11 +4,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from transformers import PretrainedConfig
-
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import RecipeError
-from mezo_scale.planner.architecture import architecture
+from mezo_scale.planner.architecture import Architecture
 from mezo_scale.planner.traffic import traffic
 from mezo_scale.planner.workload import Workload
 
@@ -62,11 +60,24 @@ class Rates:
         return cls(**known)
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """The terms of `FORMULA` for a step, in seconds: of all layers together."""
+
+    gather: float
+    compute: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        return max(self.gather, self.compute) + self.update
+
+
 def seconds(
-    config: PretrainedConfig, strategy: Strategy, workload: Workload, rates: Rates, gpus_per_node: int = 8
-) -> float:
-    """Estimated seconds per step, by `FORMULA`. Latencies, loading of data and evaluations are left out."""
-    arch, moved = architecture(config), traffic(config, strategy, workload, gpus_per_node)
+    arch: Architecture, strategy: Strategy, workload: Workload, rates: Rates, gpus_per_node: int = 8
+) -> Seconds:
+    """An estimate by `FORMULA`. Latencies, loading of data and evaluations are left out."""
+    moved = traffic(arch, strategy, workload, gpus_per_node)
     ranks = min(strategy.world_size, gpus_per_node)
     disk = moved.host * ranks / (rates.nvme_gb_s * 1e9) if strategy.offload == "nvme" else 0.0
     gather = max(
@@ -75,11 +86,11 @@ def seconds(
         moved.host / (rates.pcie_gb_s * 1e9),
         disk,
     )
-    layers = sum(unit.numel for unit in arch.units if unit.kind == "layer")
+    layers = sum(unit.numel * unit.count for unit in arch.units if unit.kind == "layer")
     per_token = 2 * layers + 4 * arch.layers * arch.hidden * workload.tokens
     tokens = workload.branches * workload.rows * workload.tokens
     directions = -(-workload.branches // 2)
     compute = per_token * tokens / (rates.compute_tflops * 1e12) + directions * arch.numel / (rates.noise_g_s * 1e9)
     update_rate = rates.noise_g_s if strategy.offload is None else rates.cpu_noise_g_s
     update = directions * arch.numel / strategy.shard / (update_rate * 1e9)
-    return max(gather, compute) + update + 2 * disk  # read, changed, written
+    return Seconds(gather, compute, update + 2 * disk)  # read, changed, written

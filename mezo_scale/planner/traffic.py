@@ -3,14 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from mezo_scale.distributed.layout import Strategy
-from mezo_scale.planner.architecture import Architecture, architecture
-from mezo_scale.planner.memory import gathered_dtype, shard_numel
+from mezo_scale.planner.architecture import Architecture
+from mezo_scale.planner.deepspeed import zero3_settings
+from mezo_scale.planner.memory import gathered_dtype, shard_numel, shards_numel
 from mezo_scale.planner.workload import BYTES, Workload
 
-MAX_REUSE = 1_000_000_000  # ds_configs/*.json: a weight used again within so many elements is kept, not gathered again
 _FLOAT64 = 8
 
 
@@ -34,16 +32,14 @@ class Traffic:
     scalars: int
 
 
-def traffic(config: PretrainedConfig, strategy: Strategy, workload: Workload, gpus_per_node: int = 8) -> Traffic:
+def traffic(arch: Architecture, strategy: Strategy, workload: Workload, gpus_per_node: int = 8) -> Traffic:
     """What a step moves when the ranks of one copy fill nodes of `gpus_per_node`, or share one."""
-    arch = architecture(config)
     gathered = _gathered(arch, strategy, workload) if strategy.shard > 1 else 0
     received = gathered * (strategy.shard - 1) // strategy.shard
     between = received // gpus_per_node if strategy.shard > gpus_per_node else 0
     host = 0
     if strategy.offload is not None:
-        stored = sum(shard_numel(unit.shapes, strategy) for unit in arch.units)
-        host = stored * BYTES[workload.stored(strategy)]
+        host = shards_numel(arch, strategy) * BYTES[workload.stored(strategy)]
     # A loss per branch, the rows, two digests of the last record, news of reads, failures; and before a forward that
     # gathers, whether any rank has to learn a new kind of call.
     scalars = _FLOAT64 * (workload.branches + 5 + int(strategy.is_sharded)) if strategy.world_size > 1 else 0
@@ -52,17 +48,19 @@ def traffic(config: PretrainedConfig, strategy: Strategy, workload: Workload, gp
 
 def _gathered(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
     total = sum(
-        shard_numel(unit.shapes, strategy) * BYTES[gathered_dtype(unit.kind, strategy, workload)] for unit in arch.units
+        unit.count * shard_numel(unit.shapes, strategy) * BYTES[gathered_dtype(unit.kind, strategy, workload)]
+        for unit in arch.units
     )
     if strategy.is_deepspeed:
-        total += _again(arch, strategy) * BYTES[workload.stored(strategy)]
+        total += _again(arch, strategy, workload) * BYTES[workload.stored(strategy)]
     return total * strategy.shard
 
 
-def _again(arch: Architecture, strategy: Strategy) -> int:
+def _again(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
     """Elements of a tied table on a rank, if the head is too far from the embeddings for ZeRO-3 to keep it."""
-    placed = sum(math.prod(shape) for owner in arch.owners for shape in owner.shapes)
+    placed = sum(owner.count * sum(map(math.prod, owner.shapes)) for owner in arch.owners)
     tied = placed - arch.numel
-    if tied == 0 or arch.numel - tied < MAX_REUSE:
+    settings = zero3_settings(workload.stored(strategy), strategy.offload)
+    if tied == 0 or arch.numel - tied < settings["stage3_max_reuse_distance"]:
         return 0
     return shard_numel(((tied,),), strategy)

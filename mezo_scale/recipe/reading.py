@@ -3,14 +3,17 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe.tree import RECIPE_FILE, Recipe, options
+
+Kind = TypeVar("Kind", bound=BaseModel)
+_PAGE = "docs/recipe.md lists them all"
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -26,12 +29,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         found = f"the folder {source} holds no {RECIPE_FILE}" if source.is_dir() else f"there is no file {source}"
         raise RecipeError(f"{found}: give a recipe (YAML) or the directory of a run")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path} holds {_describe(tree)}, expected sections ({', '.join(Recipe.model_fields)})")
+    tree = read_yaml(path, f"sections ({', '.join(Recipe.model_fields)})")
     for override in overrides:
         _override(tree, override)
     recipe = parse(tree, str(path))
@@ -39,34 +37,67 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": directory})})
 
 
+def read_yaml(path: Path, expected: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises RecipeError, in one line: it is not YAML, or not `expected`."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {_describe(tree)}, expected {expected}")
+    return tree
+
+
 def parse(tree: dict[str, Any], origin: str = "the recipe") -> Recipe:
     """Checks a tree of plain values. Raises RecipeError, in one line that names the key."""
+    # A section whose fields are all commented out is read as null.
+    whole = {key: {} if value is None else value for key, value in tree.items()}
+    return checked(Recipe, whole, origin, [*Recipe.model_fields, *(option.key for option in options())])
+
+
+def checked(kind: type[Kind], tree: Any, origin: str, known: Sequence[str], elsewhere: str = _PAGE) -> Kind:
+    """A tree of plain values as what it is meant to be.
+
+    Args:
+        kind: the class of its fields.
+        origin: the file, for the message.
+        known: the keys that there are, with their sections.
+        elsewhere: what is said of a key that is like none of them.
+
+    Raises:
+        RecipeError: in one line that names the key.
+    """
     try:
-        # A section whose fields are all commented out is read as null.
-        return Recipe.model_validate({key: {} if value is None else value for key, value in tree.items()})
+        return kind.model_validate(tree)
     except ValidationError as error:
         # A misspelt key explains the one that is missing.
         first, *others = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
-        raise RecipeError(f"{origin}: {_explain(first)}{more}") from None
+        raise RecipeError(f"{origin}: {_explain(first, known, elsewhere)}{more}") from None
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def parse_override(
+    override: str, known: Sequence[str], elsewhere: str = _PAGE, after: str = "recipe"
+) -> tuple[str, Any]:
+    """(key, value) of the `key=value` after a file; the key in full, the value from YAML. Raises RecipeError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"found {override!r} after the recipe, expected key=value")
-    known = [option.key for option in options()]
+        raise RecipeError(f"found {override!r} after the {after}, expected key=value")
     if "." not in key:
         matches = [name for name in known if name.endswith(f".{key}")]
         if len(matches) > 1:
             raise RecipeError(f"{key}= could be {' or '.join(matches)}: write the one you mean in full")
         key = matches[0] if matches else key
     if key not in known:
-        raise RecipeError(f"{override}: unknown key {key}{_did_you_mean(key, known)}")
+        raise RecipeError(f"{override}: unknown key {key}{_did_you_mean(key, known, elsewhere)}")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError:
         raise RecipeError(f"{override}: {text!r} is not a YAML value; quote it for YAML and for the shell") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override, [option.key for option in options()])
     section, name = key.split(".")
     if tree.get(section) is None:
         tree[section] = {}
@@ -74,11 +105,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[section][name] = value
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(error: ErrorDetails, known: Sequence[str], elsewhere: str) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = [*Recipe.model_fields] if len(error["loc"]) == 1 else []
-        return f"unknown key {key}{_did_you_mean(key, [*known, *(option.key for option in options())])}"
+        near = [name for name in known if len(error["loc"]) == 1 or "." in name]
+        return f"unknown key {key}{_did_you_mean(key, near, elsewhere)}"
     if error["type"] == "missing":
         return f"{key} is missing: it has no default"
     if error["type"] == "model_type":
@@ -88,13 +119,13 @@ def _explain(error: ErrorDetails) -> str:
     return f"{key}: found {_describe(error['input'])}, expected {expected}"
 
 
-def _did_you_mean(key: str, known: Sequence[str]) -> str:
+def _did_you_mean(key: str, known: Sequence[str], elsewhere: str) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:  # the right field in another section, or without one
         leaf = key.split(".")[-1]
         close = difflib.get_close_matches(leaf, [name.split(".")[-1] for name in known], n=1, cutoff=0.75)
         close = [name for name in known if close and name.split(".")[-1] == close[0]][:1]
-    return f"; did you mean {close[0]}?" if close else "; docs/recipe.md lists them all"
+    return f"; did you mean {close[0]}?" if close else f"; {elsewhere}"
 
 
 def _describe(value: Any) -> str:

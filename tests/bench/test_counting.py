@@ -1,26 +1,13 @@
-"""What the benchmark counts, and what its baselines do, on real ranks."""
-
-import importlib.util
-import pathlib
-from types import ModuleType
+"""What the benchmark counts, and what its rivals do, on real ranks."""
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from mezo_scale.bench.counting import Collective, Traffic, summed
+from mezo_scale.bench.rivals import RIVALS, AdamW, NaiveFSDP, Published
 from tests.support import layouts, models
 from tests.support.pool import Ranks
-
-
-def baselines() -> ModuleType:
-    path = pathlib.Path(__file__).parents[2] / "tools" / "baselines.py"
-    spec = importlib.util.spec_from_file_location("baselines", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def known_collectives() -> list[Collective]:
@@ -51,11 +38,11 @@ def test_every_collective_is_counted_with_its_bytes_and_its_group(ranks: Ranks) 
         assert {"op": found[0].op, "ranks": 4, "calls": 1, "bytes": 48} in summed(found)
 
 
-def gathers_of(baseline: str) -> tuple[int, int, int]:
+def gathers_of(rival: str) -> tuple[int, int, int]:
     """Bytes gathered by a bare forward and by a step, and bytes reduce-scattered by the step."""
     sharded = layouts.shard("fsdp2", models.build("llama"))
     batch, objective = models.batch("llama", 2), models.objective("llama")
-    method = baselines().BASELINES[baseline](sharded.model)
+    method = RIVALS[rival](sharded.model)
     method.step(batch, objective)
     with Traffic() as bare, torch.no_grad():
         objective(sharded.model, batch)
@@ -66,21 +53,21 @@ def gathers_of(baseline: str) -> tuple[int, int, int]:
     return gathered[0], gathered[1], scattered
 
 
-def test_the_naive_baseline_gathers_the_weights_twice(ranks: Ranks) -> None:
-    for bare, step, scattered in ranks(2, gathers_of, baseline="naive"):
+def test_the_naive_rival_gathers_the_weights_twice(ranks: Ranks) -> None:
+    for bare, step, scattered in ranks(2, gathers_of, rival="naive"):
         assert bare > 0
         assert (step, scattered) == (2 * bare, 0)
 
 
 def test_adamw_reduces_as_many_bytes_of_gradients_as_a_forward_gathers(ranks: Ranks) -> None:
-    for bare, step, scattered in ranks(2, gathers_of, baseline="adamw"):
+    for bare, step, scattered in ranks(2, gathers_of, rival="adamw"):
         assert scattered == bare
         assert step > bare
 
 
 def losses_of_adamw() -> list[float]:
     sharded = layouts.shard("fsdp2", models.build("llama"))
-    method = baselines().AdamW(sharded.model, lr=1e-2)
+    method = AdamW(sharded.model, lr=1e-2)
     return [method.step(models.batch("llama", 2), models.objective("llama")) for _ in range(8)]
 
 
@@ -93,12 +80,12 @@ def test_adamw_lowers_the_loss_and_all_ranks_see_the_same_one(ranks: Ranks) -> N
 def drift_of_naive(lr: float) -> list[float]:
     sharded = layouts.shard("fsdp2", models.build("llama"))
     before = sharded.gather()
-    method = baselines().NaiveFSDP(sharded.model, lr=lr, eps=1e-2)
+    method = NaiveFSDP(sharded.model, lr=lr, eps=1e-2)
     method.step(models.batch("llama", 2), models.objective("llama"))
     return [float((after - before[name]).abs().max()) for name, after in sharded.gather().items()]
 
 
-def test_the_naive_baseline_moves_every_weight_by_its_update_alone(ranks: Ranks) -> None:
+def test_the_naive_rival_moves_every_weight_by_its_update_alone(ranks: Ranks) -> None:
     assert max(ranks(2, drift_of_naive, lr=0.0)[0]) < 1e-6
     assert min(ranks(2, drift_of_naive, lr=1e-2)[0]) > 1e-5
 
@@ -106,7 +93,7 @@ def test_the_naive_baseline_moves_every_weight_by_its_update_alone(ranks: Ranks)
 def test_published_mezo_returns_to_where_it_began_within_rounding() -> None:
     model, batch, objective = models.build("llama"), models.batch("llama", 2), models.objective("llama")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    baselines().Published(model, lr=0.0, eps=1e-2).step(batch, objective)
+    Published(model, lr=0.0, eps=1e-2).step(batch, objective)
     drift = max(float((after.detach() - before[name]).abs().max()) for name, after in model.named_parameters())
     assert 0 < drift < 1e-6
 
@@ -114,7 +101,7 @@ def test_published_mezo_returns_to_where_it_began_within_rounding() -> None:
 def test_published_mezo_takes_the_step_that_its_two_losses_ask_for() -> None:
     model, batch, objective = models.build("llama"), models.batch("llama", 2), models.objective("llama")
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    method = baselines().Published(model, lr=1e-2, eps=1e-3, seed=7)
+    method = Published(model, lr=1e-2, eps=1e-3, seed=7)
     seen: list[float] = []
 
     def watched(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:

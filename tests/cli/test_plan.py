@@ -1,6 +1,8 @@
 """`mezo-scale plan`: a table for people, JSON for scripts, one line and exit code 2 for what can't be."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +81,34 @@ def test_what_cannot_be_is_said_in_one_line(run: Run, arguments: tuple[object, .
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {said}")
     assert err.count("\n") == 1
+
+
+def test_several_numbers_of_devices_make_a_projection_that_says_so(run: Run) -> None:
+    arguments = ("plan", "--model", "opt-66b", "--gpus", "1,2,4..64", "--gpu-memory", 80, "--rows", 4)
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("PROJECTED, not measured: opt-66b: 65.7 B parameters on devices of 80 GiB")
+    lines = [line.split() for line in out.splitlines() if " fsdp2 " in line or " hsdp " in line]
+    assert {int(line[0]) for line in lines} == {2, 4, 8, 16, 32, 64}  # on one device there is no room for it
+    assert any(line[:5] == ["64", "hsdp", "8", "x", "8"] for line in lines)
+    assert "step = max(gather, compute) + update" in out
+    code, out, _ = run(*arguments, "--json")
+    trees = json.loads(out)
+    assert [tree["cluster"]["gpus"] for tree in trees] == [1, 2, 4, 8, 16, 32, 64]
+    one = next(one for one in trees[-1]["strategies"] if one["recommended"])
+    assert one["tokens_per_second"] == pytest.approx(64 * 4 * 400 / one["seconds_per_step"])
+
+
+def test_a_published_shape_is_planned_without_torch() -> None:
+    program = (
+        "import sys\nfrom mezo_scale import cli\n"
+        "sys.argv = ['mezo-scale', 'plan', '--model', 'opt-66b', '--gpus', '8', '--gpu-memory', '80']\n"
+        "try: cli.main()\nexcept SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "recommended: fsdp2" in done.stdout
 
 
 def test_where_nothing_fits_the_table_is_followed_by_what_would(run: Run) -> None:

@@ -18,6 +18,7 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import PeakMemory
 from mezo_scale.errors import SharedError
 from mezo_scale.models import conversion, save, stream
+from mezo_scale.planner.architecture import architecture
 from mezo_scale.planner.memory import saving
 from mezo_scale.planner.workload import Workload
 from tests.support import layouts, models
@@ -247,7 +248,7 @@ def test_saving_takes_the_largest_parameter_as_planned_and_not_the_model(
     ranks: Ranks, tmp_path: Path, layout: str
 ) -> None:
     first, second = ranks(2, peak, fresh=True, layout=layout, out=tmp_path / "out")
-    planned = saving(TALL, Strategy("fsdp2", shard=2), Workload(dtype="float32"))
+    planned = saving(architecture(TALL), Strategy("fsdp2", shard=2), Workload(dtype="float32"))
     assert planned == pytest.approx(1.5 * 4 * 40000 * 512)
     assert first == pytest.approx(planned, rel=0.2)
     assert second < 0.5 * planned

@@ -1,5 +1,6 @@
 """The planner's arithmetic against the dry run of the real step, and what it offers, fits and recommends."""
 
+import importlib
 import json
 import math
 import pathlib
@@ -13,6 +14,7 @@ from mezo_scale import models, recipe
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import ModelError, RecipeError, ShardingError
 from mezo_scale.models.shapes import config_of
+from mezo_scale.perturbation import scratch
 from mezo_scale.planner import (
     GIB,
     Cluster,
@@ -20,6 +22,9 @@ from mezo_scale.planner import (
     Report,
     Strategy,
     Workload,
+    architecture,
+    architecture_of,
+    device_counts,
     devices_needed,
     memory,
     plan,
@@ -27,8 +32,12 @@ from mezo_scale.planner import (
     seconds,
     traffic,
 )
+from mezo_scale.planner.architecture import KNOWN
+from mezo_scale.planner.deepspeed import CONFIGS, zero3_settings
 from mezo_scale.planner.dry_run import dry_run
-from mezo_scale.planner.plan import NVME_BUFFER, NVME_CONFIG
+from mezo_scale.planner.memory import ALIGN
+from mezo_scale.planner.workload import BYTES
+from tools.known_shapes import known
 
 RANKS = (1, 2, 4, 8, 64)
 
@@ -47,10 +56,11 @@ def over(ranks: int, *, master: bool) -> Strategy:
 
 
 def check(config: PretrainedConfig, strategy: Strategy, workload: Workload, tolerance: float) -> None:
-    expected, found = memory(config, strategy, workload), dry_run(config, strategy, workload)
+    arch = architecture(config)
+    expected, found = memory(arch, strategy, workload), dry_run(config, strategy, workload)
     assert expected.peak == pytest.approx(found[0].peak, rel=tolerance)
     assert expected.shards + expected.master == pytest.approx(found[0].shards + found[0].master, rel=1e-3)
-    assert traffic(config, strategy, workload).gathered == found[1]
+    assert traffic(arch, strategy, workload).gathered == found[1]
 
 
 @pytest.mark.parametrize("master", [False, True], ids=["16-bit", "master"])
@@ -64,12 +74,13 @@ def test_66b_takes_at_most_24_gib_on_each_of_8_ranks() -> None:
     found, gathered = dry_run(config_of("opt-66b"), over(8, master=False), Workload())
     assert found.peak <= 24 * GIB
     assert 2 * 65_719_701_504 <= gathered <= 1.001 * 2 * 65_719_701_504  # each weight once, for both branches
-    assert memory(config_of("opt-66b"), over(8, master=False), Workload()).peak == pytest.approx(found.peak, rel=0.05)
+    planned = memory(architecture_of("opt-66b"), over(8, master=False), Workload())
+    assert planned.peak == pytest.approx(found.peak, rel=0.05)
 
 
 @pytest.mark.parametrize(("ranks", "gib"), [(8, 24), (4, 42), (2, 72)])
 def test_66b_in_16_bits_fits_as_promised(ranks: int, gib: int) -> None:
-    assert memory(config_of("opt-66b"), over(ranks, master=False), Workload()).peak <= gib * GIB
+    assert memory(architecture_of("opt-66b"), over(ranks, master=False), Workload()).peak <= gib * GIB
 
 
 @pytest.mark.parametrize(
@@ -156,24 +167,23 @@ def test_the_json_holds_every_strategy_with_its_figures() -> None:
 
 
 def test_weights_move_once_whatever_the_number_of_branches() -> None:
-    config = config_of("opt-13b")
-    one, four = (traffic(config, Strategy("fsdp2", shard=8), Workload(branches=branches)) for branches in (2, 8))
+    arch = architecture_of("opt-13b")
+    one, four = (traffic(arch, Strategy("fsdp2", shard=8), Workload(branches=branches)) for branches in (2, 8))
     assert one.gathered == four.gathered
     assert four.scalars - one.scalars == 3 * 16
 
 
 def test_hsdp_in_nodes_sends_no_weights_between_them() -> None:
-    config = config_of("opt-13b")
+    arch = architecture_of("opt-13b")
     inside, across = (
-        traffic(config, strategy, Workload(), 8)
+        traffic(arch, strategy, Workload(), 8)
         for strategy in (Strategy("hsdp", replicate=4, shard=8), Strategy("fsdp2", shard=32))
     )
     assert inside.between_nodes == 0
     assert across.between_nodes * 8 == pytest.approx(across.gathered * 31 / 32, rel=1e-6)
     slow = Rates(between_gbit_s=10)
-    assert seconds(config, Strategy("hsdp", replicate=4, shard=8), Workload(), slow) < seconds(
-        config, Strategy("fsdp2", shard=32), Workload(), slow
-    )
+    hsdp, fsdp2 = Strategy("hsdp", replicate=4, shard=8), Strategy("fsdp2", shard=32)
+    assert seconds(arch, hsdp, Workload(), slow).step < seconds(arch, fsdp2, Workload(), slow).step
 
 
 def test_one_small_device_is_told_to_offload_and_how_many_would_do_without() -> None:
@@ -181,13 +191,13 @@ def test_one_small_device_is_told_to_offload_and_how_many_would_do_without() -> 
     assert found.choice is not None
     assert found.choice.strategy.offload == "cpu"
     text = "\n".join(found.lines())
-    config, cluster = found.config, found.cluster
+    arch, cluster = found.arch, found.cluster
     for master in (False, True):
-        needed = devices_needed(config, cluster, Workload(), master=master)
+        needed = devices_needed(arch, cluster, Workload(), master=master)
         assert needed is not None
         assert f"from {needed} on" in text
         for gpus, fits in ((needed, True), (needed - 1, False)):
-            peak = memory(config, Strategy("fsdp2", shard=gpus, master=master), Workload()).peak
+            peak = memory(arch, Strategy("fsdp2", shard=gpus, master=master), Workload()).peak
             assert (peak <= 36 * GIB) == fits
 
 
@@ -203,13 +213,48 @@ def test_a_shard_that_is_larger_than_the_buffers_of_the_disk_is_said() -> None:
     (entry,) = [entry for entry in report(1, 40).entries if entry.strategy.offload == "nvme"]
     assert not entry.fits
     assert "463 M elements, does not fit the buffers of ds_configs/zero3_offload_nvme.json" in entry.note
-    config = json.loads((pathlib.Path(models.__file__).parents[2] / NVME_CONFIG).read_text())
-    assert config["zero_optimization"]["offload_param"]["buffer_size"] == NVME_BUFFER
+
+
+@pytest.mark.parametrize(("stored", "offload"), CONFIGS)
+def test_the_plan_counts_with_the_numbers_of_the_configuration_that_a_run_is_given(
+    monkeypatch: pytest.MonkeyPatch, stored: str, offload: str | None
+) -> None:
+    tree = json.loads((pathlib.Path(models.__file__).parents[2] / CONFIGS[stored, offload]).read_text())
+    assert zero3_settings(stored, offload) == tree["zero_optimization"]
+    arch = architecture_of("opt-66b")
+    strategy = Strategy("zero3", shard=8, offload=offload, master=stored == "float32")
+    before = memory(arch, strategy, Workload()).gathered
+    fewer = tree["zero_optimization"] | {"stage3_max_live_parameters": 10**8}
+    monkeypatch.setattr(importlib.import_module("mezo_scale.planner.memory"), "zero3_settings", lambda *asked: fewer)
+    assert before - memory(arch, strategy, Workload()).gathered == 9 * 10**8 * BYTES[stored]
+
+
+def test_published_shapes_are_what_their_models_are() -> None:
+    assert json.loads(KNOWN.read_text()) == json.loads(json.dumps(known()))
+
+
+def test_scratch_is_counted_in_the_pieces_that_it_is_taken_in() -> None:
+    assert ALIGN == scratch.ALIGN
+
+
+def test_numbers_of_devices_are_a_list_that_may_double() -> None:
+    assert device_counts("8") == [8]
+    assert device_counts("1,2,4..64") == [1, 2, 4, 8, 16, 32, 64]
+    assert device_counts("3..12, 16") == [3, 6, 12, 16]
+
+
+def test_the_projection_keeps_weights_off_the_network_under_hsdp_alone() -> None:
+    arch, workload = architecture_of("opt-66b"), Workload(rows=4, tokens=400)
+    fast, slow = Rates(between_gbit_s=100), Rates(between_gbit_s=10)
+    layouts = Strategy("hsdp", replicate=8, shard=8), Strategy("fsdp2", shard=64)
+    times = [seconds(arch, layout, workload, rates).step for layout in layouts for rates in (fast, slow)]
+    assert times[0] == times[1] == seconds(arch, Strategy("fsdp2", shard=8), workload, fast).step
+    assert times[3] > 5 * times[2] > 5 * times[0]
 
 
 def test_16_bits_are_recommended_only_where_no_master_fits() -> None:
-    config = config_of("opt-66b")
-    both = plan(config, Cluster(8, 8, 80), Workload())
+    arch = architecture_of("opt-66b")
+    both = plan(arch, Cluster(8, 8, 80), Workload())
     choice = recommended(both)
     assert choice is not None
     assert choice.strategy.master
@@ -229,13 +274,13 @@ def test_a_model_without_one_width_for_all_layers_is_refused_by_the_name_of_the_
     with pytest.raises(
         ModelError, match=f"a {config.model_type} model can't be planned: its configuration has {field}"
     ):
-        plan(config, Cluster(2, 2, 80), Workload())
+        architecture(config)
 
 
 def test_padding_of_uneven_shards_is_counted() -> None:
-    config = config_of("opt-125m")
-    exact = memory(config, Strategy("fsdp2", shard=2), Workload()).shards * 2
-    padded = memory(config, Strategy("fsdp2", shard=7), Workload()).shards * 7
+    arch = architecture_of("opt-125m")
+    exact = memory(arch, Strategy("fsdp2", shard=2), Workload()).shards * 2
+    padded = memory(arch, Strategy("fsdp2", shard=7), Workload()).shards * 7
     assert exact == 2 * 125_239_296
     assert exact < padded < 1.01 * exact
 
@@ -250,6 +295,11 @@ def test_padding_of_uneven_shards_is_counted() -> None:
         (lambda: Cluster(8, 8, 80, 1.0), RecipeError, "headroom is 1.0"),
         (lambda: Workload(rows=0), RecipeError, "rows is 0"),
         (lambda: Workload(dtype="int8"), RecipeError, "'int8': expected float32"),
+        (lambda: device_counts("8,"), RecipeError, "--gpus is '8,': expected a number, or numbers like 1,2,4..64"),
+        (lambda: device_counts("four"), RecipeError, "--gpus is 'four': expected a number"),
+        (lambda: device_counts("4..60"), RecipeError, "doubling 4 does not come to 60"),
+        (lambda: device_counts("0..8"), RecipeError, "doubling 0 does not come to 8"),
+        (lambda: device_counts("8,4"), RecipeError, "expected rising numbers, each once"),
         (lambda: Rates.parse(["between_gbit=10"]), RecipeError, "did you mean between_gbit_s"),
         (lambda: Rates.parse(["pcie_gb_s=fast"]), RecipeError, "'fast': expected a number"),
         (lambda: Rates.parse(["pcie_gb_s=-1"]), RecipeError, "finite number above 0"),

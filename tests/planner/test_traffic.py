@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 import mezo_scale as ms
 from mezo_scale.models import shard_fsdp2
-from mezo_scale.planner import Strategy, Workload, traffic
+from mezo_scale.planner import Strategy, Workload, architecture, traffic
 from tests.perturbation.test_traffic import Traffic, gathers
 from tests.support import layouts, models
 from tests.support.pool import Ranks
@@ -56,6 +56,6 @@ NAMES = [
 @pytest.mark.parametrize(("strategy", "dtype"), CELLS, ids=NAMES)
 def test_a_step_moves_the_bytes_of_the_plan(ranks: Ranks, strategy: Strategy, dtype: str, name: str) -> None:
     config = models.build(name).config
-    expected = traffic(config, strategy, Workload(2, models.LENGTH, branches=4, dtype=dtype))
+    expected = traffic(architecture(config), strategy, Workload(2, models.LENGTH, branches=4, dtype=dtype))
     results = ranks(strategy.world_size, counted, strategy=strategy, dtype=dtype, name=name, directions=2)
     assert results == [(expected.gathered, expected.scalars, 2)] * strategy.world_size

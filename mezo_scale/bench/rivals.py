@@ -1,4 +1,4 @@
-"""What MeZO over shards is compared with, each as short as it can be written. `mezo-scale bench` runs them.
+"""What MeZO over shards is compared with, each as short as it can be written: no options of the product.
 
 Each takes a model and has `step(batch, objective) -> loss`, where `objective(model, batch)` gives per-row losses.
 
@@ -60,7 +60,7 @@ class NaiveFSDP(Published):
     def weights(self) -> Iterator[Tensor]:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                yield parameter.to_local()
+                yield parameter.to_local()  # type: ignore[attr-defined]
 
 
 class AdamW:
@@ -78,7 +78,7 @@ class AdamW:
         return _mean(loss[None].detach())
 
 
-BASELINES = {"published": Published, "naive": NaiveFSDP, "adamw": AdamW}
+RIVALS: dict[str, type[Published] | type[AdamW]] = {"published": Published, "naive": NaiveFSDP, "adamw": AdamW}
 
 
 def _mean(losses: Tensor) -> float:
