@@ -196,9 +196,7 @@ class MeZO(torch.optim.Optimizer):
                 self._measure_or_tell(work)
         if self._under_way is None:
             if any(float(group["lr"]) for group in self.param_groups):  # torch.distributed.checkpoint sets them to 0
-                warnings.warn(
-                    "step() had nothing to apply: give it a closure or a batch, or measure first", stacklevel=2
-                )
+                warnings.warn("step() had nothing to apply: give a closure or a batch, or measure first", stacklevel=2)
             return 0.0
         under_way, self._under_way = self._under_way, None
         if not self._writer.layout.is_current():
