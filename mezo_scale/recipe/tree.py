@@ -127,11 +127,11 @@ class TrainSection(Section):
     )
     objective: str | None = Field(
         None,
-        description="What is minimised; null means the first of those that the task has. Tasks that choose: "
-        "candidates (cross-entropy over the candidates' scores, the mean log-probability of their tokens), "
-        "language_modeling (the loss on the right candidate's tokens, over the whole vocabulary). Tasks that write: "
-        "language_modeling (the loss on the first right answer), f1, exact_match (1 minus the score of what the model "
-        "writes).",
+        description="What is minimised; null means the task's own. Tasks that choose: candidates (cross-entropy over "
+        "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
+        "on the right candidate's tokens, over the whole vocabulary; the default of copa and record). Tasks that "
+        "write: language_modeling (the loss on the first right answer; the default), f1, exact_match (1 minus the "
+        "score of what the model writes).",
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")

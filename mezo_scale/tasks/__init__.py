@@ -117,14 +117,14 @@ def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
 
 
 def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
-    """The name of what the recipe minimises: the kind's default where it says nothing.
+    """The name of what the recipe minimises: where it says nothing, the task's own, or the first of its kind.
 
     Raises:
         RecipeError: the kind has no such objective.
     """
     name = recipe.train.objective
     if name is None:
-        return next(iter(kind.objectives))
+        return _find(recipe.task).objective or next(iter(kind.objectives))
     if name not in kind.objectives:
         raise RecipeError(
             f"train.objective: found {name!r} for task.name={recipe.task.name}; {_nearest(name, kind.objectives)}"

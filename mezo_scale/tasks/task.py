@@ -51,6 +51,7 @@ class Task:
         about: what it is, in a few words.
         columns: what its data must have.
         pose: how it makes an example of a row; None where it does not read rows.
+        objective: what is minimised where a recipe does not say; None: the kind's first.
     """
 
     load: Callable[[TaskSection], Splits[Any]]
@@ -58,12 +59,15 @@ class Task:
     about: str = ""
     columns: tuple[str, ...] = ()
     pose: Pose | None = None
+    objective: str | None = None
 
     @classmethod
-    def of_rows(cls, pose: Pose, kind: NamedKind, about: str, columns: tuple[str, ...]) -> "Task":
+    def of_rows(
+        cls, pose: Pose, kind: NamedKind, about: str, columns: tuple[str, ...], objective: str | None = None
+    ) -> "Task":
         """A task that makes one example of each row of its data."""
 
         def load(section: TaskSection) -> Splits[Any]:
             return read_splits(section, partial(pose, section))
 
-        return cls(load, kind, about, columns, pose)
+        return cls(load, kind, about, columns, pose, objective)

@@ -1,6 +1,7 @@
 """The tasks that come along: what they ask of a row, to the character, and which rows they refuse."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from mezo_scale import tasks
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import TaskSection
+from mezo_scale.recipe import Recipe, TaskSection
 from mezo_scale.tasks import Example, NamedKind
 from mezo_scale.tasks.kinds.candidates import Candidates, candidate_scores
 from tests.support import material
@@ -234,3 +235,22 @@ def test_the_columns_and_candidates_on_the_page_are_those_of_the_task(name: str)
     assert sorted(re.findall(r"`(.*?)`", columns)) == sorted(named)
     fixed = [case[3] for case in GOLDEN if case[0] == name and "`" in candidates]
     assert all(re.findall(r"`(.*?)`", candidates) == answers for answers in fixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("sst2", "candidates"),
+        ("copa", "language_modeling"),
+        ("record", "language_modeling"),
+        ("drop", "language_modeling"),
+    ],
+)
+def test_where_every_row_has_its_own_candidates_the_right_one_is_learned_unless_the_recipe_says_otherwise(
+    make_recipe: Callable[..., Recipe], name: str, objective: str
+) -> None:
+    recipe = make_recipe(f"task.name={name}")
+    kind = tasks.kind_of(recipe.task, material.tokenizer())
+    assert tasks.objective_of(recipe, kind) == objective
+    other = next(other for other in kind.objectives if other != objective)
+    assert tasks.objective_of(make_recipe(f"task.name={name}", f"objective={other}"), kind) == other

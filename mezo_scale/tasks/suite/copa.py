@@ -38,4 +38,5 @@ TASK = Task.of_rows(
     CHOOSING,
     "which of two sentences is a premise's cause or effect",
     ("premise", "choice1", "choice2", "question", "label"),
+    objective="language_modeling",  # as the authors train it
 )

@@ -39,4 +39,5 @@ TASK = Task.of_rows(
     CHOOSING,
     "which entity of a news story a sentence about it leaves out",
     ("passage", "query", "entities", "answers"),
+    objective="language_modeling",  # as the authors train it
 )
