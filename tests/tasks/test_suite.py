@@ -254,3 +254,22 @@ def test_where_every_row_has_its_own_candidates_the_right_one_is_learned_unless_
     assert tasks.objective_of(recipe, kind) == objective
     other = next(other for other in kind.objectives if other != objective)
     assert tasks.objective_of(make_recipe(f"task.name={name}", f"objective={other}"), kind) == other
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"query": "@placeholder is it" * 80}, r"tokens, expected between 1 and task\.max_length \(256\) - 2"),
+        (
+            {"entities": ["Brem", "Brem"] + [f"Orla {n}" for n in range(40)], "query": "@placeholder is" * 70},
+            "tokens, ",
+        ),
+    ],
+)
+def test_many_long_candidates_that_do_not_fit_are_named_in_a_line_that_can_be_read(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    kind = Candidates(material.tokenizer(), TaskSection(name="record", data="d"))
+    with pytest.raises(RecipeError, match=said) as refused:
+        kind.encode(pose(tmp_path, "record", **changes | {"answers": ["Brem"]}))
+    assert len(str(refused.value)) < 900

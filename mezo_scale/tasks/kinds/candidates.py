@@ -64,9 +64,9 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     """
     alone, lead = open_tokens(tokenizer, example.prompt)
     wholes = [open_tokens(tokenizer, example.prompt + text)[0] for text in example.candidates]
-    names = list(example.candidates)
+    names = [f"{text:.40}" for text in example.candidates[:12]]  # of a line that can be read
     if any(whole == alone for whole in wholes):
-        none = names[wholes.index(alone)]
+        none = example.candidates[wholes.index(alone)]
         raise RecipeError(
             f"task.candidates {names}: {none!r} adds no tokens to the prompt, expected at least 1: change it"
         )
@@ -82,7 +82,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     room = max_length - max(map(len, candidates))
     if room < 2:
         raise RecipeError(
-            f"task.candidates {names} have {sorted(map(len, candidates))} tokens, expected between "
+            f"task.candidates {names} have up to {max(map(len, candidates))} tokens, expected between "
             f"1 and task.max_length ({max_length}) - 2: change the one or the other"
         )
     prompt = shorten(alone[:shared], room, lead, tokenizer)
