@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_any_of_several_right_candidates_counts_and_the_first_is_learned(tmp_pat
     assert (example.label, example.also) == (2, (0,))
     assert example.as_dict()["also"] == [" 'Brem burns oil', says Brem"]
     row = kind.encode(example)
+    assert repr(row) != repr(replace(row, also=()))
     batch = kind.collate([row] * 3)
     found = kind.predict(material.build("opt"), batch)
     answers = [type(one)(number, one.loss) for number, one in enumerate(found)]

@@ -19,7 +19,7 @@ from mezo_scale.tasks.logits import answer_log_probs, last_logits
 from mezo_scale.tasks.score import Metric, Score
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoded:
     """An example in tokens: prompt + candidates[label] is the sequence a model would have to write; candidates[n] for
     an n in `also` would be as good."""
@@ -28,6 +28,11 @@ class Encoded:
     candidates: tuple[tuple[int, ...], ...]
     label: int
     also: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        # Digests are taken of it: a row with one right candidate keeps the one that it always had.
+        also = f", also={self.also!r}" if self.also else ""
+        return f"Encoded(prompt={self.prompt!r}, candidates={self.candidates!r}, label={self.label!r}{also})"
 
     @property
     def gold(self) -> "Encoded":
