@@ -54,7 +54,9 @@ class ModelSection(Section):
 class TaskSection(Section):
     """The task and its data."""
 
-    name: str = Field("sentiment", description="Which task reads the data and poses the question: sentiment or squad.")
+    name: str = Field(
+        "sentiment", description="Which task reads the data and poses the question; `mezo-scale tasks` lists them."
+    )
     data: str = Field(
         description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
         "with one such file each for train, validation and test; or the name of a dataset on the hub (its train split)."
@@ -72,7 +74,7 @@ class TaskSection(Section):
         strict=False,
         min_length=2,
         description="The answers, one per label and in the order of the labels; null means the task's own. For tasks "
-        "that choose among answers.",
+        "that choose among the same answers for every row.",
     )
     max_new_tokens: int | None = Field(
         None,
@@ -125,10 +127,11 @@ class TrainSection(Section):
     )
     objective: str | None = Field(
         None,
-        description="What is minimised; null means the first of those that the task has. sentiment: candidates "
-        "(cross-entropy over the candidates' scores, the mean log-probability of their tokens), language_modeling (the "
-        "loss on the right candidate's tokens, over the whole vocabulary). squad: language_modeling, f1, exact_match "
-        "(1 minus the score of what the model writes).",
+        description="What is minimised; null means the task's own. Tasks that choose: candidates (cross-entropy over "
+        "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
+        "on the right candidate's tokens, over the whole vocabulary; the default of copa and record). Tasks that "
+        "write: language_modeling (the loss on the first right answer; the default), f1, exact_match (1 minus the "
+        "score of what the model writes).",
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")

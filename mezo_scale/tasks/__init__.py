@@ -1,33 +1,51 @@
 """Tasks. A task reads its data and names the kind it is of; what follows (training, evaluation, reports) knows kinds.
 
-A new task is one module with a function `load(section) -> Splits` and one line in _TASKS; one from outside the package
-is `register`ed. A new kind is one module in `kinds/`.
+A new task is one file in `suite/` and one line in _TASKS; one from outside the package is `register`ed. A new kind is
+one module in `kinds/`.
 """
 
 import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
-from mezo_scale.tasks import sentiment, squad
 from mezo_scale.tasks.example import Example, Question
-from mezo_scale.tasks.kinds.candidates import Candidates
-from mezo_scale.tasks.kinds.generation import Generation
-from mezo_scale.tasks.kinds.kind import Kind
-from mezo_scale.tasks.score import Metric, Score
-from mezo_scale.tasks.splits import Splits, split
+from mezo_scale.tasks.splits import Splits, read_examples, split
+from mezo_scale.tasks.suite import (
+    boolq,
+    cb,
+    copa,
+    drop,
+    multirc,
+    record,
+    rte,
+    sentiment,
+    squad,
+    sst2,
+    wic,
+    wsc,
+)
+from mezo_scale.tasks.task import NamedKind, Task
+
+if TYPE_CHECKING:
+    from mezo_scale.tasks.kinds.kind import Kind
+    from mezo_scale.tasks.score import Metric, Score
 
 __all__ = [
     "Example",
     "Kind",
     "Metric",
+    "NamedKind",
     "Question",
     "Score",
     "Splits",
     "Task",
+    "examples",
     "kind_of",
+    "known",
     "load",
     "objective_of",
     "register",
@@ -35,20 +53,38 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task.
+_TASKS: dict[str, Task] = {
+    "sentiment": sentiment.TASK,
+    "sst2": sst2.TASK,
+    "rte": rte.TASK,
+    "cb": cb.TASK,
+    "boolq": boolq.TASK,
+    "wsc": wsc.TASK,
+    "wic": wic.TASK,
+    "multirc": multirc.TASK,
+    "copa": copa.TASK,
+    "record": record.TASK,
+    "squad": squad.TASK,
+    "drop": drop.TASK,
+}
 
-    Attributes:
-        load: its examples, from the recipe's section.
-        kind: makes its kind for a run, from the model's tokenizer and the recipe's section.
-    """
-
-    load: Callable[[TaskSection], Splits[Any]]
-    kind: Callable[[Any, TaskSection], Kind[Any, Any]]
+_LATER = {
+    "Kind": "mezo_scale.tasks.kinds.kind",
+    "Metric": "mezo_scale.tasks.score",
+    "Score": "mezo_scale.tasks.score",
+}
 
 
-_TASKS: dict[str, Task] = {"sentiment": Task(sentiment.load, Candidates), "squad": Task(squad.load, Generation)}
+def __getattr__(name: str) -> Any:
+    """These need torch, which takes seconds to import; reading and listing tasks does not."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+def known() -> Mapping[str, Task]:
+    """All tasks that recipes of this process can name."""
+    return dict(_TASKS)
 
 
 def register(name: str, task: Task) -> None:
@@ -63,20 +99,32 @@ def load(section: TaskSection) -> Splits[Any]:
     return _find(section).load(section)
 
 
-def kind_of(section: TaskSection, tokenizer: Any) -> Kind[Any, Any]:
+def examples(section: TaskSection) -> Mapping[str, Sequence[Any]]:
+    """All examples of the recipe's task, in the order of its data: by train, validation and test, or under "all".
+
+    Raises:
+        RecipeError: there is no such task, its data is wrong, or it does not read rows.
+    """
+    pose = _find(section).pose
+    if pose is None:
+        raise RecipeError(f"task.name: {section.name} does not read its data row by row, expected a task that does")
+    return read_examples(section, partial(pose, section))
+
+
+def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
     """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit."""
     return _find(section).kind(tokenizer, section)
 
 
-def objective_of(recipe: Recipe, kind: Kind[Any, Any]) -> str:
-    """The name of what the recipe minimises: the kind's default where it says nothing.
+def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
+    """The name of what the recipe minimises: where it says nothing, the task's own, or the first of its kind.
 
     Raises:
         RecipeError: the kind has no such objective.
     """
     name = recipe.train.objective
     if name is None:
-        return next(iter(kind.objectives))
+        return _find(recipe.task).objective or next(iter(kind.objectives))
     if name not in kind.objectives:
         raise RecipeError(
             f"train.objective: found {name!r} for task.name={recipe.task.name}; {_nearest(name, kind.objectives)}"

@@ -1,6 +1,8 @@
 """What tasks make of their rows: a prompt, and what is right after it."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,16 +12,32 @@ class Example:
     Attributes:
         prompt: the text before the answer.
         candidates: the answers to choose from, each with its leading space if it has one.
-        label: index of the right candidate.
+        label: index of the right candidate; of the first one, where several are right. A loss is taken of it.
+        also: indices of the other candidates that are right.
+        which: what tells the question from others of the same prompt and candidates.
     """
 
     prompt: str
     candidates: tuple[str, ...]
     label: int
+    also: tuple[int, ...] = ()
+    which: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> Hashable:
+        """What tells the question from others: in some tasks all that differs are the answers to choose from."""
+        return self.prompt.strip(), self.candidates, self.which
 
     def contradicts(self, other: "Example") -> str | None:
-        """What one prompt can't have both of, in words; None if the examples agree."""
-        return f"the labels {self.label} and {other.label}" if self.label != other.label else None
+        """What one question can't have both of, in words; None if the examples agree."""
+        if {self.label, *self.also} == {other.label, *other.also}:
+            return None
+        return f"the labels {self.label} and {other.label}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: prompt, candidates, gold (the text of the right one); also, if there are more that are right."""
+        found = {"prompt": self.prompt, "candidates": list(self.candidates), "gold": self.candidates[self.label]}
+        return found | ({"also": [self.candidates[index] for index in self.also]} if self.also else {})
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,15 @@ class Question:
     prompt: str
     answers: tuple[str, ...]
 
+    @property
+    def asked(self) -> Hashable:
+        """What tells the question from others."""
+        return self.prompt.strip()
+
     def contradicts(self, other: "Question") -> str | None:
         """Never: a question may have several right answers."""
         return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: prompt, candidates (none), gold (all texts that are right)."""
+        return {"prompt": self.prompt, "candidates": [], "gold": [answer.strip() for answer in self.answers]}

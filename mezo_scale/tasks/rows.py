@@ -54,16 +54,61 @@ def fill(template: str, row: Row) -> str:
         ) from None
 
 
-def label_of(row: Row, count: int) -> int:
-    """The number in the column `label`. Raises RecipeError unless it is one of 0 to count - 1, written as such."""
+def label_of(row: Row, count: int, names: Sequence[str] = ()) -> int:
+    """The number in the column `label`. Raises RecipeError unless it is one of 0 to count - 1, written as such.
+
+    Args:
+        names: what may be written in their place, in lower case; nothing else may where there are not `count`.
+    """
     value = column(row, "label", "rename the one that is meant")
+    if len(names) == count and isinstance(value, str | bool) and str(value).lower() in names:
+        return list(names).index(str(value).lower())
     # 1.0, true and "01" are what other programs make of labels, and of much else.
     known = range(count) if isinstance(value, int) and not isinstance(value, bool) else [str(n) for n in range(count)]
     if value not in known:
         raise RecipeError(
             f"task.data: {row.place} has the label {value!r:.60}, expected 0 to {count - 1}, the number of a candidate"
+            + (f", or its name: {', '.join(names)}" if len(names) == count else "")
         )
     return int(value)
+
+
+def text_of(row: Row, name: str) -> str:
+    """The text in a column. Raises RecipeError if there is no such column, or no text in it."""
+    value = column(row, name, "rename the one that is meant")
+    problem = _unlike_text(value)
+    if problem:
+        raise RecipeError(f"task.data: {row.place} has {problem} in {name}, expected text")
+    return str(value)
+
+
+def texts_of(row: Row, name: str, one: str, field: str | None = None) -> tuple[str, ...]:
+    """The different texts that a column lists, in their order; with `field`, that this field of a struct lists.
+
+    A list of structs, as some copies have it, is read as a struct of lists.
+
+    Args:
+        one: what one of the texts is called in a message.
+
+    Raises:
+        RecipeError: there is no such column, it is something else, or there is no text.
+    """
+    found = column(row, name, "rename the one that is meant")
+    texts, expected = found, "a list of texts"
+    if field is not None:
+        expected = f"a struct whose `{field}` is a list of texts"
+        structs = isinstance(found, list) and all(isinstance(item, Mapping) for item in found)
+        texts = (
+            [item.get(field) for item in found] if structs else found.get(field) if isinstance(found, Mapping) else None
+        )
+    if not isinstance(texts, list):
+        raise RecipeError(f"task.data: {row.place} has the {name} {found!r:.60}, expected {expected}")
+    if not texts:
+        raise RecipeError(f"task.data: {row.place} has no {one}, expected at least one: leave such rows out")
+    for text in texts:
+        if not isinstance(text, str) or _unlike_text(text):
+            raise RecipeError(f"task.data: {row.place} has the {one} {text!r:.60}, expected text: leave such ones out")
+    return tuple(dict.fromkeys(texts))
 
 
 def column(row: Row, name: str, remedy: str) -> Any:

@@ -1,6 +1,6 @@
 """From rows to examples, and from examples to three splits that share none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ class Posed(Protocol):
     """What is known of an example of any kind."""
 
     @property
-    def prompt(self) -> str: ...
+    def asked(self) -> Hashable: ...
 
     def contradicts(self, other: Any) -> str | None: ...
 
@@ -33,22 +33,38 @@ class Splits(Generic[E]):
 
 
 def read_splits(section: TaskSection, make: Callable[[Row], E]) -> Splits[E]:
-    """Reads the data and splits it, where it does not come split. Rows with one prompt count once, so that no split
-    sees another's: of a folder the test part keeps them, then the validation part.
+    """Reads the data, as `read_examples` does, and splits it where it does not come split.
+
+    Raises:
+        RecipeError: as `read_examples` does; or there are too few examples.
+    """
+    parts = read_examples(section, make)
+    if len(parts) == 1:
+        return split(parts["all"], section.train, section.dev, section.test, section.split_seed)
+    counts = dict(zip(GIVEN, (section.test, section.dev, section.train), strict=True))
+    drawn = {name: draw(parts[name], count, section.split_seed) for name, count in counts.items()}
+    return Splits(train=drawn["train"], dev=drawn["validation"], test=drawn["test"])
+
+
+def read_examples(section: TaskSection, make: Callable[[Row], E]) -> Mapping[str, Sequence[E]]:
+    """All examples in the order of the data: of a folder by the names in GIVEN, else under "all".
+
+    Rows that ask the same count once, so that no split sees another's: of a folder the test part keeps them, then the
+    validation part.
 
     Args:
         make: the example of a row; raises RecipeError for a row that is not what it should be.
 
     Raises:
-        RecipeError: the data is not there, a row is wrong, two rows contradict each other, or there are too few.
+        RecipeError: the data is not there, a row is wrong, or two rows contradict each other.
     """
     parts: dict[str, list[E]] = {}
-    seen: dict[str, tuple[E, Row]] = {}
+    seen: dict[Hashable, tuple[E, Row]] = {}
     for name, rows in read_parts(section).items():
         parts[name] = []
         for row in rows:
             example = make(row)
-            first, where = seen.setdefault(example.prompt.strip(), (example, row))
+            first, where = seen.setdefault(example.asked, (example, row))
             if where is row:
                 parts[name].append(example)
             elif problem := first.contradicts(example):
@@ -58,11 +74,7 @@ def read_splits(section: TaskSection, make: Callable[[Row], E]) -> Splits[E]:
                 )
         if not parts[name]:
             raise RecipeError(f"task.data: {section.data} has no example in {name} that is not in another part")
-    if len(parts) == 1:
-        return split(parts["all"], section.train, section.dev, section.test, section.split_seed)
-    counts = dict(zip(GIVEN, (section.test, section.dev, section.train), strict=True))
-    drawn = {name: draw(parts[name], count, section.split_seed) for name, count in counts.items()}
-    return Splits(train=drawn["train"], dev=drawn["validation"], test=drawn["test"])
+    return parts
 
 
 def split(examples: Sequence[E], train: int, dev: int, test: int, seed: int) -> Splits[E]:

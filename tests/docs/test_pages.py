@@ -83,7 +83,10 @@ def test_the_commands_of_a_page_have_the_options_that_it_gives_them(page: Path) 
 def check_command(words: list[str]) -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     assert words[0] in commands, f"there is no command {words[0]}"
-    options = {name for option in commands[words[0]].params for name in option.opts} | {"--help"}
+    command = commands[words[0]]
+    for word in words[1:2]:  # of a group
+        command = getattr(command, "commands", {}).get(word, command)
+    options = {name for option in command.params for name in option.opts} | {"--help"}
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert given <= options, f"{words[0]} has no option {given - options}"
 

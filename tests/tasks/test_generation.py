@@ -145,13 +145,14 @@ def test_the_kindest_right_answer_counts() -> None:
     assert best(exact_match, ["cat", "cow"], [["dog", "cat"], ["dog"]]) == [1.0, 0.0]
 
 
-def test_a_question_in_tokens_is_the_text_and_its_first_answer() -> None:
+def test_a_question_in_tokens_is_the_text_its_first_answer_and_the_end_of_the_line() -> None:
     asker = kind(max_new_tokens=4)
     row = asker.encode(Question("the plot is", (" a mess", " dull")))
     decode_text = asker._tokenizer.decode
     assert decode_text(row.prompt) == "the plot is"
-    assert decode_text(row.whole) == "the plot is a mess"
-    assert decode_text(row.whole[-row.scored :]) == " a mess"
+    assert decode_text(row.whole) == "the plot is a mess\n"
+    assert decode_text(row.whole[-row.scored :]) == " a mess\n"
+    assert asker.scored(row) == [row.whole[-row.scored :]]
     assert row.answers == (" a mess", " dull")
 
 

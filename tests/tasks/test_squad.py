@@ -27,7 +27,7 @@ def test_a_question_is_posed_after_its_title_and_context(tmp_path: Path) -> None
     splits = tasks.load(section(questions.write(tmp_path)))
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [9, 4, 5]
     by_prompt = {
-        f"Title: {row['title']}\n\nContext: {row['context']}\n\nQuestion: {row['question']}\nAnswer:": row
+        f"Title: {row['title']}\nContext: {row['context']}\nQuestion: {row['question']}\nAnswer:": row
         for row in questions.rows(42)
     }
     for example in splits.train + splits.dev + splits.test:

@@ -19,18 +19,29 @@ from mezo_scale.tasks.logits import answer_log_probs, last_logits
 from mezo_scale.tasks.score import Metric, Score
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoded:
-    """An example in tokens: prompt + candidates[label] is the sequence a model would have to write."""
+    """An example in tokens: prompt + candidates[label] is the sequence a model would have to write; candidates[n] for
+    an n in `also` would be as good."""
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
     label: int
+    also: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        # Digests are taken of it: a row with one right candidate keeps the one that it always had.
+        also = f", also={self.also!r}" if self.also else ""
+        return f"Encoded(prompt={self.prompt!r}, candidates={self.candidates!r}, label={self.label!r}{also})"
 
     @property
     def gold(self) -> "Encoded":
         """The example with the right candidate only: all that a loss on its tokens needs."""
-        return replace(self, candidates=(self.candidates[self.label],), label=0)
+        return replace(self, candidates=(self.candidates[self.label],), label=0, also=())
+
+    def is_right(self, candidate: int) -> bool:
+        """Whether a candidate of this number is one of those that are right."""
+        return candidate == self.label or candidate in self.also
 
     @property
     def length(self) -> int:
@@ -58,9 +69,9 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     """
     alone, lead = open_tokens(tokenizer, example.prompt)
     wholes = [open_tokens(tokenizer, example.prompt + text)[0] for text in example.candidates]
-    names = list(example.candidates)
+    names = [f"{text:.40}" for text in example.candidates[:12]]  # of a line that can be read
     if any(whole == alone for whole in wholes):
-        none = names[wholes.index(alone)]
+        none = example.candidates[wholes.index(alone)]
         raise RecipeError(
             f"task.candidates {names}: {none!r} adds no tokens to the prompt, expected at least 1: change it"
         )
@@ -76,11 +87,11 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
     room = max_length - max(map(len, candidates))
     if room < 2:
         raise RecipeError(
-            f"task.candidates {names} have {sorted(map(len, candidates))} tokens, expected between "
+            f"task.candidates {names} have up to {max(map(len, candidates))} tokens, expected between "
             f"1 and task.max_length ({max_length}) - 2: change the one or the other"
         )
     prompt = shorten(alone[:shared], room, lead, tokenizer)
-    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label)
+    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label, example.also)
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> Batch:
@@ -172,6 +183,9 @@ class Candidates(Kind[Encoded, Choice]):
     def length(self, row: Encoded) -> int:
         return row.length
 
+    def scored(self, row: Encoded) -> list[tuple[int, ...]]:
+        return list(row.candidates)
+
     def collate(self, rows: Sequence[Encoded], objective: str | None = None, max_length: int | None = None) -> Batch:
         if objective == "language_modeling":
             rows = [row.gold for row in rows]
@@ -185,7 +199,9 @@ class Candidates(Kind[Encoded, Choice]):
 
     def score(self, predictions: Sequence[Choice], rows: Sequence[Encoded]) -> Score:
         pairs = list(zip(predictions, rows, strict=True))
-        right = [float(found.candidate == row.label) if math.isfinite(found.loss) else math.nan for found, row in pairs]
+        right = [
+            float(row.is_right(found.candidate)) if math.isfinite(found.loss) else math.nan for found, row in pairs
+        ]
         losses = [found.loss for found in predictions]
         return Score({"accuracy": Metric.of(right), "loss": Metric.of(losses, bounded=False)}, "accuracy")
 
@@ -195,7 +211,7 @@ class Candidates(Kind[Encoded, Choice]):
     def baselines(self, train: Sequence[Encoded], test: Sequence[Encoded]) -> dict[str, Score]:
         """What always answering with the train split's most frequent label gives."""
         label, _ = Counter(row.label for row in train).most_common(1)[0]
-        return {"majority": Score({"accuracy": Metric.of([float(row.label == label) for row in test])}, "accuracy")}
+        return {"majority": Score({"accuracy": Metric.of([float(row.is_right(label)) for row in test])}, "accuracy")}
 
 
 def _filling(batch: Batch) -> Tensor:

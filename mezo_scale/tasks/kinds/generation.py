@@ -31,8 +31,8 @@ class EncodedQuestion:
 
     Attributes:
         prompt: what the model writes on after.
-        whole: the prompt and the first right answer, as the tokenizer writes both in one.
-        scored: tokens at the end of `whole` that are the answer's.
+        whole: the prompt, the first right answer and the end of its line, as the tokenizer writes all in one.
+        scored: tokens at the end of `whole` that are not the prompt's.
         answers: all texts that are right.
     """
 
@@ -45,8 +45,8 @@ class EncodedQuestion:
 class Generation(Kind[EncodedQuestion, str | None]):
     """An answer written greedily, up to the end of its line; graded by F1 and exact match with the best right answer.
 
-    Objectives: language_modeling, the mean loss on the tokens of the first right answer; f1 and exact_match, 1 minus
-    the score of what the model writes.
+    Objectives: language_modeling, the mean loss on the tokens of the first right answer and the end of its line; f1 and
+    exact_match, 1 minus the score of what the model writes.
     """
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
@@ -80,12 +80,13 @@ class Generation(Kind[EncodedQuestion, str | None]):
             raise RecipeError(f"task.data: the prompt {example.prompt!r:.60} has no answer, expected at least one")
         answer = example.answers[0]
         prompt, lead = open_tokens(self._tokenizer, example.prompt)
-        whole, _ = open_tokens(self._tokenizer, example.prompt + answer)
-        if not prompt or whole == prompt:
+        if not prompt or open_tokens(self._tokenizer, example.prompt + answer)[0] == prompt:
             raise RecipeError(
                 f"task.data: the prompt {example.prompt!r:.60} or its answer {answer!r:.60} has no tokens of its own "
                 "to this model: leave the row out, or change task.template"
             )
+        # The end of the line is learned with the answer: what is written stops there.
+        whole, _ = open_tokens(self._tokenizer, f"{example.prompt}{answer}\n")
         # Where the tokenizer joins the end of the prompt with the answer, what it joins counts as the answer's.
         shared = min(common_prefix([prompt, whole]), len(whole) - 1)
         scored = len(whole) - shared
@@ -101,6 +102,9 @@ class Generation(Kind[EncodedQuestion, str | None]):
 
     def length(self, row: EncodedQuestion) -> int:
         return len(row.prompt)
+
+    def scored(self, row: EncodedQuestion) -> list[tuple[int, ...]]:
+        return [row.whole[-row.scored :]]
 
     def collate(
         self, rows: Sequence[EncodedQuestion], objective: str | None = None, max_length: int | None = None

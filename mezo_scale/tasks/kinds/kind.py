@@ -54,6 +54,11 @@ class Kind(Protocol[Row, Prediction]):
         """Tokens of its longest sequence: rows of similar length go together."""
         ...
 
+    def scored(self, row: Row) -> list[tuple[int, ...]]:
+        """The tokens whose probabilities count, one entry for each answer that is looked at; none where a kind does not
+        say: this is for people who want to see them."""
+        return []
+
     def collate(self, rows: Sequence[Row], objective: str | None = None, max_length: int | None = None) -> Batch:
         """A batch with rows along dim 0, padded on the left.
 

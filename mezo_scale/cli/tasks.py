@@ -1,0 +1,110 @@
+"""`mezo-scale tasks` and `mezo-scale tasks show`"""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from mezo_scale.cli.app import app
+from mezo_scale.cli.arguments import console
+from mezo_scale.recipe import TaskSection
+
+_ANY_LENGTH = 2**30  # tokens: nothing is cut off, for nothing is run
+
+
+class Part(StrEnum):
+    """A part of a task's data."""
+
+    train = "train"
+    dev = "dev"
+    validation = "validation"
+    test = "test"
+
+
+group = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(group, name="tasks")
+
+
+@group.callback()
+def tasks(context: typer.Context) -> None:
+    """List the tasks that a recipe can name; `tasks show` prints what one makes of your data."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.table import Table
+
+    from mezo_scale import tasks as room
+
+    table = Table("name", "kind", "metric", "what it is", "columns", box=None, header_style="bold")
+    for name, task in room.known().items():
+        kind = task.kind
+        described = (kind.name, kind.metric) if isinstance(kind, room.NamedKind) else ("", "")
+        table.add_row(name, *described, task.about, ", ".join(task.columns))
+    console().print(table)
+
+
+@group.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A task, as `mezo-scale tasks` lists them.")],
+    data: Annotated[str, typer.Option(help="What task.data would be: a folder of splits, a file, a name on the hub.")],
+    subset: Annotated[str | None, typer.Option(help="What task.subset would be.")] = None,
+    split: Annotated[
+        Part,
+        typer.Option(help="Which part of a folder; dev is validation. Data that does not come split has one part."),
+    ] = Part.test,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Examples, from the beginning.")] = 3,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or a name on the hub: show which of its tokenizer's tokens are scored.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Print what a task asks of the rows of your data: prompt, candidates, and what is right.
+
+    All rows are checked as for a run.
+    """
+    from mezo_scale import tasks as room
+
+    section = TaskSection(name=name, data=data, subset=subset, max_length=_ANY_LENGTH)
+    parts = room.examples(section)
+    part = "validation" if split is Part.dev else split.value
+    all_ = parts["all"] if "all" in parts else parts[part]
+    chosen = all_[:count]
+    shown = [example.as_dict() for example in chosen]
+    if model is not None:
+        shown = [one | tokens for one, tokens in zip(shown, _tokens(section, chosen, model), strict=True)]
+    if as_json:
+        typer.echo(json.dumps(shown, indent=2))
+        return
+    for number, one in enumerate(shown, 1):
+        typer.echo("\n".join(_lines(one, f"example {number} of {len(all_):,}")))
+
+
+def _tokens(section: TaskSection, examples: Any, model: str) -> list[dict[str, Any]]:
+    """For each example: length, the tokens of its longest sequence; tokens, those that are scored."""
+    from mezo_scale import tasks as room
+    from mezo_scale.models.checkpoints import load_tokenizer, silence_transformers  # seconds to import
+
+    silence_transformers()
+    tokenizer = load_tokenizer(model)
+    kind = room.kind_of(section, tokenizer)
+    rows = [kind.encode(example) for example in examples]
+    return [
+        {
+            "length": kind.length(row),
+            "tokens": [tokenizer.convert_ids_to_tokens(list(answer)) for answer in kind.scored(row)],
+        }
+        for row in rows
+    ]
+
+
+def _lines(one: dict[str, Any], title: str) -> list[str]:
+    right = [one["gold"], *one.get("also", ())] if one["candidates"] else one["gold"]
+    answers = one["candidates"] or one["gold"]
+    tokens = one.get("tokens", [])
+    lines = [f"--- {title} ---", one["prompt"], ""]
+    for number, answer in enumerate(answers):
+        scored = f"   scored: {' '.join(tokens[number])}" if number < len(tokens) else ""
+        lines.append(f"  {'*' if answer in right else ' '} {answer!r}{scored}")
+    if "length" in one:
+        lines.append(f"  {one['length']:,} tokens at most")
+    return [*lines, ""]

@@ -1,0 +1,21 @@
+"""Sentiment of a text of one's own, posed as MeZO's authors pose SST-2."""
+
+from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.example import Example
+from mezo_scale.tasks.posing import own_candidates
+from mezo_scale.tasks.rows import fill, label_of
+from mezo_scale.tasks.tables import Row
+from mezo_scale.tasks.task import CHOOSING, Task
+
+TEMPLATE = "{text} It was"
+CANDIDATES = (" terrible", " great")
+
+
+def pose(section: TaskSection, row: Row) -> Example:
+    """The text exactly as it is, white space included."""
+    candidates = CANDIDATES if section.candidates is None else own_candidates(section)
+    template = TEMPLATE if section.template is None else section.template
+    return Example(fill(template, row), candidates, label_of(row, len(candidates)))
+
+
+TASK = Task.of_rows(pose, CHOOSING, "the sentiment of a text; or any labels, with your own template", ("text", "label"))

@@ -1,0 +1,73 @@
+"""What a task is, for those who list tasks and those who run them. Nothing here imports torch, which kinds need."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.splits import Splits, read_splits
+from mezo_scale.tasks.tables import Row
+
+if TYPE_CHECKING:
+    from mezo_scale.tasks.kinds.kind import Kind
+
+Pose = Callable[[TaskSection, Row], Any]
+"""The example of a row. Raises RecipeError if the row is not what it should be, or the section does not fit."""
+
+
+@dataclass(frozen=True)
+class NamedKind:
+    """A kind of this package, imported when a run makes it.
+
+    Attributes:
+        name: of its module in `kinds/`.
+        made_by: the class in it.
+        metric: the main metric of its scores.
+    """
+
+    name: str
+    made_by: str
+    metric: str
+
+    def __call__(self, tokenizer: Any, section: TaskSection) -> "Kind[Any, Any]":
+        module = importlib.import_module(f"mezo_scale.tasks.kinds.{self.name}")
+        kind: Kind[Any, Any] = getattr(module, self.made_by)(tokenizer, section)
+        return kind
+
+
+CHOOSING = NamedKind("candidates", "Candidates", "accuracy")
+WRITING = NamedKind("generation", "Generation", "f1")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        load: its examples, from the recipe's section.
+        kind: makes its kind for a run, from the model's tokenizer and the recipe's section.
+        about: what it is, in a few words.
+        columns: what its data must have.
+        pose: how it makes an example of a row; None where it does not read rows.
+        objective: what is minimised where a recipe does not say; None: the kind's first.
+    """
+
+    load: Callable[[TaskSection], Splits[Any]]
+    kind: "Callable[[Any, TaskSection], Kind[Any, Any]]"
+    about: str = ""
+    columns: tuple[str, ...] = ()
+    pose: Pose | None = None
+    objective: str | None = None
+
+    @classmethod
+    def of_rows(
+        cls, pose: Pose, kind: NamedKind, about: str, columns: tuple[str, ...], objective: str | None = None
+    ) -> "Task":
+        """A task that makes one example of each row of its data."""
+
+        def load(section: TaskSection) -> Splits[Any]:
+            return read_splits(section, partial(pose, section))
+
+        return cls(load, kind, about, columns, pose, objective)
