@@ -187,6 +187,7 @@ class Trainer:
                     self._step(optimizer, metrics, progress, skips)
                     if number := interruption.after(optimizer.step_count):
                         self._stop(optimizer.step_count, number)
+                optimizer.check_ranks()
         finally:
             metrics.close()
         return skips.total
