@@ -5,7 +5,7 @@ keys one would be lost. What looks like a date is text.
 """
 
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -35,7 +35,7 @@ def read(source: str | bytes) -> Any:
 class _Loader(yaml.SafeLoader):
     """SafeLoader without the parts of YAML that a recipe has no use for."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  as the base class has it
         first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -110,8 +110,7 @@ def submit(
 
     Raises:
         RecipeError, ModelError, ShardingError: what `train` would say on that many processes.
-        LaunchError: no scheduler, no such partition, an option or a path that a job script can't hold, or a job that the
-            scheduler refuses.
+        LaunchError: no scheduler, no such partition, what a job script can't hold, or a job that the scheduler refuses.
     """
     if not dry_run:
         _check_scheduler(resources)

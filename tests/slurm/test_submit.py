@@ -122,7 +122,7 @@ def test_an_array_has_a_run_per_value(recipe: pathlib.Path, tmp_path: pathlib.Pa
         ([], "template=a{text},a[text]", SMALL, "--array: two of its values would share the folder"),
         ([], "output.dir=/x1,/x2", SMALL, "--array: output.dir=/x2 makes the run that another value makes"),
         ([], "lr=1e-3,0.001", SMALL, "--array: lr=0.001 makes the run that another value makes"),
-        ([], f"template={'{text}' * 60},b", SMALL, "no part of a path longer than 255 bytes"),
+        ([], f"objective={'x' * 250},b", SMALL, "no part of a path longer than 255 bytes"),
     ],
 )
 def test_what_the_ranks_would_refuse_is_refused_before_anything_is_written(
