@@ -5,6 +5,7 @@ import textwrap
 from mezo_scale import recipe as recipes
 from mezo_scale.cli.app import app
 from mezo_scale.cli.arguments import Overrides, Processes, Source, launch
+from mezo_scale.distributed.signals import end_at_once_when_signalled
 
 
 def _fields() -> str:
@@ -29,6 +30,7 @@ def train(recipe: Source, overrides: Overrides = None, processes: Processes = No
 
     Run it alone, or under torchrun, deepspeed, accelerate launch or srun.
     """
+    end_at_once_when_signalled()
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
     from mezo_scale.models.checkpoints import silence_transformers

@@ -1,20 +1,45 @@
-"""Being stopped by the scheduler: the step in flight ends, all ranks stop after the same one, and the job goes on.
+"""Being stopped by a person or a scheduler: the step in flight ends, all ranks stop after the same one.
 
 A signal reaches the ranks at different moments, some perhaps not at all. The first rank that notices, at the end of
 step s, announces through the store "stop after step s + 1". No rank can be further: step s + 1 ends in an all-reduce
 that this one has not joined yet. So every rank reads the announcement at the end of step s + 1 at the latest, and none
 waits for another.
+
+Outside of the steps there is nothing that would have to end: there, and at a second signal, the process ends at once.
+It loses nothing but the step in flight, for all others are in the log, which is on the disk.
 """
 
+from __future__ import annotations
+
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+if TYPE_CHECKING:  # seconds to import
+    import torch.distributed as dist
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+ECHO_S = 1.0  # a launcher passes on what the terminal or srun sends to its ranks as well: that is no second signal
 _KEY = "stop-after"
+
+
+def end_at_once(number: int, frame: FrameType | None = None) -> None:
+    """The signal handler outside of the steps: the process ends with 128 + `number`, rank 0 with a line before."""
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        said = f"stopped at once by {name}: what is in the log is on the disk, and the same command goes on after it\n"
+        os.write(2, said.encode())
+    os._exit(128 + number)
+
+
+def end_at_once_when_signalled() -> None:
+    """From now on, until `watch` and after it."""
+    for number in SIGNALS:
+        signal.signal(number, end_at_once)
 
 
 class Interrupted(SystemExit):
@@ -26,15 +51,19 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """Whether the run is to stop. A signal that comes twice, as it does through srun and torchrun, counts once."""
+    """Whether the run is to stop. A signal that comes twice within ECHO_S counts once."""
 
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
         self._received = 0
+        self._since_s = 0.0
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler."""
-        self._received = self._received or number
+        """The signal handler in the steps, and on the way out."""
+        if not self._received:
+            self._received, self._since_s = number, time.monotonic()
+        elif time.monotonic() - self._since_s > ECHO_S:
+            end_at_once(number)
 
     def after(self, step: int) -> int:
         """The number of the signal to stop for now that `step` steps are done, or 0. Every rank calls it after each."""

@@ -1,16 +1,19 @@
 """Checkpoints: what transformers and DeepSpeed read, checked on the way in.
 
-Only safetensors are read, and no code that comes with a model is run. ``random:SHAPE`` names a model that nobody has to
-download: random weights of a published shape, for rehearsals and measurements.
+Only safetensors of the checkpoint's own folder are read, and no code that comes with a model is run. ``random:SHAPE``
+names a model that nobody has to download: random weights of a published shape, for rehearsals and measurements.
 """
 
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from mezo_scale import noise
 from mezo_scale.errors import ModelError, RecipeError
@@ -33,17 +36,23 @@ def find(name: str) -> Any:
 
     Raises:
         RecipeError: there is no such model.
-        ModelError: it is quantised, or no causal language model.
+        ModelError: it is quantised, an adapter or no causal language model, or is made of more than safetensors.
     """
     if name.startswith(RANDOM):
         return config_of(name.removeprefix(RANDOM))
     if means_disk(name) and not Path(name).is_dir():
         raise RecipeError(f"model.name: there is no folder {name}; expected a Hugging Face checkpoint")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        adapter = _file(name, ADAPTER_CONFIG_NAME)
+        config = None if adapter else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub's client has roots of its own
         what = "holds no checkpoint" if means_disk(name) else "is neither a folder nor a model that the hub gives"
         raise RecipeError(f"model.name: {name} {what} ({_one_line(error)})") from None
+    if config is None:
+        raise ModelError(
+            f"model.name: {name} holds an adapter ({ADAPTER_CONFIG_NAME}), whose weights would be frozen: merge it "
+            "into its base model (PEFT's merge_and_unload, then save_pretrained), and give that folder"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"model.name: {name} is quantised, and quantised weights can't take small updates: give a checkpoint in "
@@ -51,7 +60,52 @@ def find(name: str) -> Any:
         )
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise ModelError(f"model.name: {name} is a {config.model_type} model, expected a causal language model")
+    _check_files(name, config)
     return config
+
+
+def _check_files(name: str, config: Any) -> None:
+    """Raises ModelError unless all that transformers would read or run for the weights is safetensors and its own."""
+    explicit = getattr(config, "transformers_weights", None)
+    for file in _weight_files(name, explicit or SAFE_WEIGHTS_INDEX_NAME):
+        path = PurePath(str(file))
+        if not str(file).endswith(".safetensors") or path.is_absolute() or ".." in path.parts:
+            raise ModelError(
+                f"model.name: {name} names {str(file)[:100]!r} as a file of its weights, expected only files in its "
+                "own folder that end in .safetensors: save it anew with save_pretrained, or take another copy"
+            )
+    for part in (config, *(getattr(config, sub, None) for sub in getattr(config, "sub_configs", ()))):
+        attention = getattr(part, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:
+            raise ModelError(
+                f"model.name: {name} asks for the attention kernel {attention[:100]!r}, which is code from the hub, "
+                "and no such code is run: take attn_implementation out of its config.json"
+            )
+
+
+def _weight_files(name: str, entry: Any) -> Iterator[Any]:
+    """The files that a checkpoint says its weights are in, where `entry` is one of them or their index."""
+    if not str(entry).endswith(".index.json"):
+        yield entry
+        return
+    if PurePath(entry).name != entry:
+        yield entry  # an index elsewhere is no file of weights either
+        return
+    path = _file(name, entry)
+    if path is None:
+        return
+    try:
+        yield from set(json.loads(path.read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ModelError(f"model.name: {path} is no index of weights ({_one_line(error)})") from None
+
+
+def _file(name: str, file: str) -> Path | None:
+    """A file of a checkpoint, from its folder or the hub; None if it has none of that name."""
+    found = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -71,10 +125,12 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
     """A checkpoint as transformers reads it, in evaluation mode, on the CPU if `kwargs` say nothing else.
 
     Raises:
+        RecipeError, ModelError: as of `find`.
         ModelError: it can't be read, or lacks weights (transformers would make them up).
     """
+    config = find(name)
     if name.startswith(RANDOM):
-        random: nn.Module = AutoModelForCausalLM.from_config(find(name), dtype=dtype)
+        random: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
         randomise_(random)
         return random.eval()
     model: nn.Module
@@ -82,7 +138,7 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # safetensors and transformers raise anything here
         raise ModelError(f"model.name: {name} can't be read ({_one_line(error)})") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

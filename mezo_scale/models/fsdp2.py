@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World
@@ -38,7 +38,7 @@ def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
         model = checkpoints.read(name, dtype)
         shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
         return model if offload else model.to(world.device)
-    model = skeleton(AutoConfig.from_pretrained(name), dtype)
+    model = skeleton(checkpoints.find(name), dtype)
     source: Any = checkpoints.read(name, dtype, distributed_config=_reading_plan(model, strategy))
     model.generation_config = source.generation_config
     shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)

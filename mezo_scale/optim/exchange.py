@@ -1,7 +1,8 @@
 """What ranks tell each other in a step: losses, and what they have to know of each other.
 
 All of it takes one all-reduce. Besides the losses it carries whether the ranks' last records agree, whether any of them
-has read a parameter for the first time, and whether any of them has failed.
+has read a parameter for the first time, and whether any of them has failed. The last step of a run has none after it
+that would carry its record: `compare` takes an exchange of its own.
 """
 
 from __future__ import annotations
@@ -61,6 +62,15 @@ def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float
     return True
 
 
+def compare(step: int, last: StepRecord | None) -> None:
+    """Compare the record before `step` among the ranks, where no step follows. Every rank must call it.
+
+    Raises:
+        RankError: a rank's record is another one; it is named.
+    """
+    _check_same(collectives.gather_integers(_checksum(last)), step - 1)
+
+
 def _exchange(
     step: int,
     last: StepRecord | None,
@@ -82,13 +92,14 @@ def _exchange(
         )
     # Equality in Cauchy-Schwarz: all digests are the same. In whole numbers, for any number of ranks.
     if int(squares) * collectives.world_size() != int(digests) ** 2:
-        _name_odd_ranks(digest, step - 1)
+        _check_same(collectives.gather_integers(digest), step - 1)
     return totals, newer > 0
 
 
-def _name_odd_ranks(digest: int, step: int) -> None:
-    everyone = collectives.gather_integers(digest)
-    usual = max(set(everyone), key=everyone.count)
+def _check_same(everyone: list[int], step: int) -> None:
+    usual = max(dict.fromkeys(everyone), key=everyone.count)  # of two ranks the first is taken to be right
+    if all(digest == usual for digest in everyone):
+        return
     odd = ", ".join(str(rank) for rank, other in enumerate(everyone) if other != usual)
     raise RankError(
         f"rank {odd} recorded another step {step} than the other ranks: give all ranks the same seed, eps, learning "
@@ -98,4 +109,8 @@ def _name_odd_ranks(digest: int, step: int) -> None:
 
 def _digest(record: StepRecord | None) -> int:
     """16 bits of a record, so that the sum of their squares is exact in float64, for up to two million ranks."""
-    return zlib.crc32(repr(record).encode()) & 0xFFFF
+    return _checksum(record) & 0xFFFF
+
+
+def _checksum(record: StepRecord | None) -> int:
+    return zlib.crc32(repr(record).encode())

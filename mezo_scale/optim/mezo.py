@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from mezo_scale.optim.batch import Batch
 from mezo_scale.optim.heartbeat import Heartbeat
 from mezo_scale.optim.losses import Evaluator, Objective, UnderWay, Work
 from mezo_scale.optim.reads import Reads
-from mezo_scale.optim.replay import Progress, apply_all_, describe, manifest, take_up
+from mezo_scale.optim.replay import Progress, describe, manifest, take_up_
 from mezo_scale.optim.rules import Measured
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
@@ -27,8 +27,7 @@ from mezo_scale.sharding import discover
 from mezo_scale.sharding.discovery import check_not_hidden
 from mezo_scale.trajectory import StepRecord, Trajectory
 
-PATIENCE_S = 30.0
-"""How long a rank that failed waits for the others, who may be waiting for its part of the weights."""
+PATIENCE_S = 30.0  # that a rank which failed waits for the others, who may be waiting for its part of the weights
 
 
 class MeZO(torch.optim.Optimizer):
@@ -212,6 +211,11 @@ class MeZO(torch.optim.Optimizer):
         self.step_count += 1
         return record.loss
 
+    def check_ranks(self) -> None:
+        """Raise a RankError that names a rank whose last record is another one; every rank calls it after a run."""
+        with self._heartbeat.inside(self.step_count):
+            exchange.compare(self.step_count, self.last_record)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's: tune parameters that were unfrozen or added to the model with a learning rate of their own.
 
@@ -329,22 +333,16 @@ class MeZO(torch.optim.Optimizer):
             losses = exchange.mean_losses(step, self.last_record, under_way.sums, self._reads, read)
         grads = tuple(self._estimator.gradients(losses, under_way.eps))
         window = [Measured(under_way.seeds, grads), *self._past]
-        loss = sum(losses) / len(losses)
-        return rules.record(step, self._rule, window, self.param_groups, loss, self._reads.unread)
+        return rules.record(step, self._rule, window, self.param_groups, sum(losses) / len(losses), self._reads.unread)
 
     def _open(
         self, path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None, progress: Progress | None
     ) -> Trajectory:
         """Start a log, or take up the one that is there."""
-        directions = self.num_directions * self._rule.window
-        kind = (directions, len(self.param_groups), self.seed, self.eps)
+        kind = (self.num_directions * self._rule.window, len(self.param_groups), self.seed, self.eps)
         header = describe(self.model, self._writer, *kind, fingerprints)
         header = replace(header, estimator=self._estimator.name, rule=rules.described(self._rule))
-        trajectory = take_up(path, header)
-        with ExitStack() as undo:
-            undo.callback(trajectory.release)
-            apply_all_(self._writer, trajectory, len(trajectory), progress)
-            undo.pop_all()
+        trajectory = take_up_(path, header, self._writer, progress)
         self.step_count = len(trajectory)
         self.last_record = trajectory[-1] if trajectory else None
         return trajectory

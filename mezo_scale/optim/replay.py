@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,17 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         return Trajectory.parse(data, str(path))
 
 
-def take_up(path: str | os.PathLike[str], header: Header) -> Trajectory:
+def take_up_(path: str | os.PathLike[str], header: Header, writer: Writer, progress: Progress | None) -> Trajectory:
+    """The log of a run, its steps applied; if that fails, the file is free again. Errors as of `_taken_up`."""
+    trajectory = _taken_up(path, header)
+    with ExitStack() as undo:
+        undo.callback(trajectory.release)
+        apply_all_(writer, trajectory, len(trajectory), progress)
+        undo.pop_all()
+    return trajectory
+
+
+def _taken_up(path: str | os.PathLike[str], header: Header) -> Trajectory:
     """The log of a run that is described by `header`: the one that is there, or a new one. Rank 0 writes it.
 
     Every rank calls it, and gets the same error if rank 0 can't have the file: it is damaged, another run's, or

@@ -1,6 +1,8 @@
 """From a YAML file and `key=value` overrides to a checked recipe; whatever is wrong is said in one line."""
 
 import difflib
+import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +12,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mezo_scale.errors import RecipeError
+from mezo_scale.recipe.plain_yaml import read
 from mezo_scale.recipe.tree import RECIPE_FILE, Recipe, options
 
 Kind = TypeVar("Kind", bound=BaseModel)
 _PAGE = "docs/recipe.md lists them all"
+_LONGEST = 480  # characters of a message; what is longer has lost its middle
+_NAME = 100  # characters of a key that could be a misspelt one
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -25,26 +32,29 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: in one line, for whatever is wrong with the file, a key or a value.
     """
     source = Path(source)
-    path = source / RECIPE_FILE if source.is_dir() else source
-    if not path.is_file():
-        found = f"the folder {source} holds no {RECIPE_FILE}" if source.is_dir() else f"there is no file {source}"
-        raise RecipeError(f"{found}: give a recipe (YAML) or the directory of a run")
+    is_folder = os.path.isdir(source)  # pathlib's raise for names that no file can have
+    path = source / RECIPE_FILE if is_folder else source
+    if not os.path.isfile(path):
+        found = f"the folder {source} holds no {RECIPE_FILE}" if is_folder else f"there is no file {source}"
+        raise _refusal(f"{found}: give a recipe (YAML) or the directory of a run")
     tree = read_yaml(path, f"sections ({', '.join(Recipe.model_fields)})")
     for override in overrides:
         _override(tree, override)
     recipe = parse(tree, str(path))
-    directory = str(source) if source.is_dir() else recipe.output.dir or str(Path("runs") / path.stem)
+    directory = str(source) if is_folder else recipe.output.dir or str(Path("runs") / path.stem)
     return recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": directory})})
 
 
 def read_yaml(path: Path, expected: str) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises RecipeError, in one line: it is not YAML, or not `expected`."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        tree = read(path.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise _refusal(f"{path} is not YAML: {error}") from None
+    except OSError as error:
+        raise _refusal(f"{path} can't be read ({error.strerror})") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path} holds {_describe(tree)}, expected {expected}")
+        raise _refusal(f"{path} holds {_describe(tree)}, expected {expected}")
     return tree
 
 
@@ -73,7 +83,7 @@ def checked(kind: type[Kind], tree: Any, origin: str, known: Sequence[str], else
         # A misspelt key explains the one that is missing.
         first, *others = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
-        raise RecipeError(f"{origin}: {_explain(first, known, elsewhere)}{more}") from None
+        raise _refusal(f"{origin}: {_explain(first, known, elsewhere)}{more}") from None
 
 
 def parse_override(
@@ -82,18 +92,20 @@ def parse_override(
     """(key, value) of the `key=value` after a file; the key in full, the value from YAML. Raises RecipeError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"found {override!r} after the {after}, expected key=value")
+        raise _refusal(f"found {override!r} after the {after}, expected key=value")
     if "." not in key:
         matches = [name for name in known if name.endswith(f".{key}")]
         if len(matches) > 1:
-            raise RecipeError(f"{key}= could be {' or '.join(matches)}: write the one you mean in full")
+            raise _refusal(f"{key}= could be {' or '.join(matches)}: write the one you mean in full")
         key = matches[0] if matches else key
     if key not in known:
-        raise RecipeError(f"{override}: unknown key {key}{_did_you_mean(key, known, elsewhere)}")
+        raise _refusal(f"{override}: unknown key {key}{_did_you_mean(key, known, elsewhere)}")
     try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"{override}: {text!r} is not a YAML value; quote it for YAML and for the shell") from None
+        return key, read(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise _refusal(
+            f"{key}={text[:_NAME]}: {text[:_NAME]!r} is not a YAML value ({error}); quote it for YAML and for the shell"
+        ) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -105,6 +117,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[section][name] = value
 
 
+def _refusal(text: str) -> RecipeError:
+    """The error in one line, however long or wild what it cites."""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    line = " ".join(line.split())
+    half = _LONGEST // 2
+    return RecipeError(line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}")
+
+
 def _explain(error: ErrorDetails, known: Sequence[str], elsewhere: str) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
@@ -114,12 +134,16 @@ def _explain(error: ErrorDetails, known: Sequence[str], elsewhere: str) -> str:
         return f"{key} is missing: it has no default"
     if error["type"] == "model_type":
         return f"{key}: found {_describe(error['input'])}, expected fields of a section"
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
+    expected = error["msg"]
+    for start in ("Input should be ", "Tuple should have ", "Value error, expected "):
+        expected = expected.removeprefix(start)
     expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ").split(" after validation")[0]
     return f"{key}: found {_describe(error['input'])}, expected {expected}"
 
 
 def _did_you_mean(key: str, known: Sequence[str], elsewhere: str) -> str:
+    if len(key) > _NAME:
+        return f"; {elsewhere}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:  # the right field in another section, or without one
         leaf = key.split(".")[-1]
@@ -132,4 +156,4 @@ def _describe(value: Any) -> str:
     if value is None:
         return "nothing"
     kinds = {str: "text", bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "a tree"}
-    return f"{value!r} ({kinds.get(type(value), type(value).__name__)})"
+    return f"{_SHORT.repr(value)} ({kinds.get(type(value), type(value).__name__)})"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticUndefined
 
 RECIPE_FILE = "recipe.yaml"  # the name of the resolved recipe in a run directory
@@ -23,7 +23,14 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
+def _printable(value: str) -> str:
+    if not value.isprintable() or any(len(part.encode()) > 255 for part in value.split("/")):
+        raise ValueError("expected a name of printable characters, no part of a path longer than 255 bytes")
+    return value
+
+
 Real = Annotated[float, BeforeValidator(_number)]
+Name = Annotated[str, AfterValidator(_printable)]
 
 
 class Section(BaseModel):
@@ -35,7 +42,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model that is tuned."""
 
-    name: str = Field(
+    name: Name = Field(
         description="A folder with a Hugging Face checkpoint (safetensors), a name on the hub, or random:SHAPE, as in "
         "random:opt-66b: random weights of a published shape, to rehearse with."
     )
@@ -54,14 +61,14 @@ class ModelSection(Section):
 class TaskSection(Section):
     """The task and its data."""
 
-    name: str = Field(
+    name: Name = Field(
         "sentiment", description="Which task reads the data and poses the question; `mezo-scale tasks` lists them."
     )
-    data: str = Field(
+    data: Name = Field(
         description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
         "with one such file each for train, validation and test; or the name of a dataset on the hub (its train split)."
     )
-    subset: str | None = Field(
+    subset: Name | None = Field(
         None, description="Only the rows whose `source` column says this; for a dataset on the hub its configuration."
     )
     template: str | None = Field(
@@ -125,7 +132,7 @@ class TrainSection(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="Examples per forward pass on one rank, to bound activation memory; null means all."
     )
-    objective: str | None = Field(
+    objective: Name | None = Field(
         None,
         description="What is minimised; null means the task's own. Tasks that choose: candidates (cross-entropy over "
         "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
@@ -162,13 +169,13 @@ class ShardingSection(Section):
         None, ge=1, description="For hsdp: how many copies of the model there are; null means one per node."
     )
     cpu_offload: bool = Field(False, description="For fsdp2 and hsdp on GPUs: keep the shards in host memory.")
-    ds_config: str = Field("ds_configs/zero3.json", description="For zero3: DeepSpeed's own configuration file.")
+    ds_config: Name = Field("ds_configs/zero3.json", description="For zero3: DeepSpeed's own configuration file.")
 
 
 class OutputSection(Section):
     """What is left behind."""
 
-    dir: str | None = Field(None, description="The run directory; null means runs/ and the recipe's file name.")
+    dir: Name | None = Field(None, description="The run directory; null means runs/ and the recipe's file name.")
     checkpoint: bool = Field(
         True, description="At the end, save an ordinary Hugging Face checkpoint in the run directory."
     )

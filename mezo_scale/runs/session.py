@@ -22,6 +22,7 @@ from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
+from mezo_scale.models.fingerprints import of_config, of_tokenizer
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs.console import Screen, StepProgress
@@ -166,10 +167,18 @@ class Trainer:
                 distribution=options.distribution,
                 trajectory=self.run.trajectory,
                 dtype=self.loaded.scratch_dtype,
-                fingerprints={"data": f"{self.splits.digest() % 2**64:016x}"},
+                fingerprints=self._fingerprints(),
                 progress=progress,
                 hang_timeout=self.recipe.train.hang_timeout,
             )
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of what decides the losses besides the weights: a run does not go on with another."""
+        return {
+            "data": f"{self.splits.digest() % 2**64:016x}",
+            "config": of_config(models.checkpoints.find(self.recipe.model.name)),
+            "tokenizer": of_tokenizer(self.loaded.tokenizer),
+        }
 
     def _train(self, optimizer: MeZO) -> int:
         """The steps that are left. Returns how many of the run's steps were skipped (on rank 0)."""
@@ -187,16 +196,19 @@ class Trainer:
                     self._step(optimizer, metrics, progress, skips)
                     if number := interruption.after(optimizer.step_count):
                         self._stop(optimizer.step_count, number)
+                optimizer.check_ranks()
         finally:
             metrics.close()
         return skips.total
 
     def _stop(self, step: int, number: int) -> None:
-        """Ends the session after a signal; the file in the run directory says that it is not over."""
+        """Ends the session after a signal; the file in the run directory says that the run is not over."""
         interrupted = Interrupted(number)
         if self.world.rank == 0:
             self.run.mark_interrupted(step, interrupted.signal)
-        self.screen.say(f"stopped by {interrupted.signal} after step {step}; started again, the run goes on from there")
+        self.screen.say(
+            f"stopped by {interrupted.signal} after step {step}; to go on from there: {self._train_command()}"
+        )
         raise interrupted
 
     def _infer(self, step: int) -> None:
@@ -240,18 +252,26 @@ class Trainer:
         with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
             return evaluate(self.loaded, self.kind, rows, self.recipe.train.eval_batch, progress)
 
-    def _commands(self) -> dict[str, str]:
-        programs = Path(sys.executable).parent
-        at = "" if shutil.which("mezo-scale") == str(programs / "mezo-scale") else f"{os.path.relpath(programs)}/"
-        launch = f"{at}mezo-scale"
+    def _train_command(self) -> str:
+        """What goes on with this run as it was started."""
+        launch = f"{_programs()}mezo-scale"
         if self.world.size > 1:
-            launch = f"{at}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
-        names = (self.run.path, self.recipe.model.name, self.run.trajectory, self.run.path / "replayed")
-        directory, base, trajectory, out = (shlex.quote(str(name)) for name in names)
+            launch = f"{_programs()}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
+        return f"{launch} train {shlex.quote(str(self.run.path))}"
+
+    def _commands(self) -> dict[str, str]:
+        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed")
+        base, log, out = (shlex.quote(str(name)) for name in names)
         return {
-            "continue this run": f"{launch} train {directory} train.steps={2 * self.recipe.train.steps}",
-            "rebuild its weights": f"{at}mezo-scale replay --base {base} --trajectory {trajectory} --out {out}",
+            "continue this run": f"{self._train_command()} train.steps={2 * self.recipe.train.steps}",
+            "rebuild its weights": f"{_programs()}mezo-scale replay --base {base} --trajectory {log} --out {out}",
         }
+
+
+def _programs() -> str:
+    """The folder of this environment's commands, as a prefix; empty if it is on the PATH."""
+    programs = Path(sys.executable).parent
+    return "" if shutil.which("mezo-scale") == str(programs / "mezo-scale") else f"{os.path.relpath(programs)}/"
 
 
 def _steps_done(recipe: Recipe, run: RunDirectory) -> int:

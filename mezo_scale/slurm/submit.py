@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,7 +110,7 @@ def submit(
 
     Raises:
         RecipeError, ModelError, ShardingError: what `train` would say on that many processes.
-        LaunchError: no scheduler, no such partition, or a job that it refuses.
+        LaunchError: no scheduler, no such partition, what a job script can't hold, or a job that the scheduler refuses.
     """
     if not dry_run:
         _check_scheduler(resources)
@@ -117,7 +118,8 @@ def submit(
     for recipe in runs.values():
         _check(recipe, resources.world)
     home = recipes.load(source, overrides).directory
-    script = _freeze(home, runs, resources, is_array=array is not None)
+    directives = _directives((home / "job").absolute(), 0 if array is None else len(runs), resources)
+    script = _freeze(home, runs, resources, directives, is_array=array is not None)
     arguments = [str(script), *map(str, runs)]
     if dry_run:
         return [f"job script: {script}", f"not submitted; to do so: {shlex.join(['sbatch', *arguments])}"]
@@ -162,11 +164,24 @@ def _runs(source: str, overrides: Sequence[str], array: str | None) -> dict[Path
         raise RecipeError(f"--array: found {array!r}, expected a field and different values, like seed=13,21,42")
     if any(character.isspace() for character in str(home)):
         raise RecipeError(f"output.dir: {home} has a space in it, and arrays need one without")
-    runs = {}
+    runs: dict[Path, Recipe] = {}
     for value in values:
         folder = home / f"{key.split('.')[-1]}-{re.sub(r'[^A-Za-z0-9.+-]', '_', value)}"
-        runs[folder] = recipes.load(source, [*overrides, f"{key}={value}", f"output.dir={json.dumps(str(folder))}"])
+        place = f"output.dir={json.dumps(str(folder), ensure_ascii=False)}"
+        recipe = recipes.load(source, [*overrides, f"{key}={value}", place])
+        if folder in runs:
+            raise RecipeError(
+                f"--array: two of its values would share the folder {folder}: give values that differ in it"
+            )
+        if _settings(recipe) in map(_settings, runs.values()):
+            raise RecipeError(f"--array: {key}={value} makes the run that another value makes: give different values")
+        runs[folder] = recipe
     return runs
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without the place of its run."""
+    return recipe.model_dump(exclude={"output": {"dir"}})
 
 
 def _check(recipe: Recipe, world: World) -> None:
@@ -184,7 +199,14 @@ def _check(recipe: Recipe, world: World) -> None:
             raise RecipeError(f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir")
 
 
-def _freeze(home: Path, runs: Mapping[Path, Recipe], resources: Resources, *, is_array: bool) -> Path:
+def _freeze(
+    home: Path,
+    runs: Mapping[Path, Recipe],
+    resources: Resources,
+    directives: Mapping[str, str],
+    *,
+    is_array: bool,
+) -> Path:
     """Writes all that the job needs. Returns its script."""
     folder, source = home / "job", _launch_scripts()
     try:
@@ -199,32 +221,62 @@ def _freeze(home: Path, runs: Mapping[Path, Recipe], resources: Resources, *, is
     _describe(tuple(run.name for run in runs) if is_array else (), folder / "code.diff").write(home)
     template = (folder / (_ARRAY if is_array else _SINGLE)).read_text(encoding="utf-8")
     script = folder / "job.sbatch"
-    script.write_text(_fill(template, folder.absolute(), len(runs) if is_array else 0, resources), encoding="utf-8")
+    script.write_text(_fill(template, folder.absolute(), directives, resources), encoding="utf-8")
     return script
 
 
-def _fill(template: str, folder: Path, elements: int, resources: Resources) -> str:
-    """A launch script with a job's directives in the place of its own, and its settings below them."""
-    directives = {
-        "job-name": f"mezo-{folder.parent.name}",
-        "nodes": resources.nodes,
-        "gpus-per-node": resources.gpus_per_node or None,
-        "partition": resources.partition,
-        "output": folder / ("slurm-%A-%a.out" if elements else "slurm-%j.out"),
-        "array": f"0-{elements - 1}" if elements else None,
-        "chdir": Path.cwd(),
+def _directives(folder: Path, elements: int, resources: Resources) -> dict[str, str]:
+    """What a job asks for, as lines for sbatch by the names of their options; an empty line takes the template's out.
+
+    Raises:
+        LaunchError: a value that no such line can hold.
+    """
+    output = str(folder).replace("%", "%%") + ("/slurm-%A-%a.out" if elements else "/slurm-%j.out")
+    directives: dict[str, tuple[str, object]] = {
+        "job-name": ("output.dir", f"mezo-{folder.parent.name}"),
+        "nodes": ("--nodes", resources.nodes),
+        "gpus-per-node": ("--gpus-per-node", resources.gpus_per_node or None),
+        "partition": ("--partition", resources.partition),
+        "output": ("output.dir", output),
+        "array": ("--array", f"0-{elements - 1}" if elements else None),
+        "chdir": ("the working directory", Path.cwd()),
     }
     if resources.time is not None:
-        directives["time"] = resources.time
+        directives["time"] = ("--time", resources.time)
+    lines = {
+        name: "" if value is None else f"#SBATCH --{name}={_quoted(value, origin)}"
+        for name, (origin, value) in directives.items()
+    }
+    for option in resources.options:
+        match = re.fullmatch(r"(--?[A-Za-z][A-Za-z0-9-]*)(?:([= ])(.*))?", option)
+        if match is None:
+            raise LaunchError(f"--sbatch: found {option!r}, expected an option of sbatch, like --account=lab")
+        name, between, value = match.groups()
+        lines[option] = f"#SBATCH {name}" + (f"{between}{_quoted(value, '--sbatch')}" if between else "")
+    return lines
+
+
+def _quoted(value: object, origin: str) -> str:
+    """A value as sbatch reads it back from a script's directive. Raises LaunchError if it can't be written there."""
+    text = str(value)
+    if not text.isprintable() or '"' in text or "\\" in text:
+        raise LaunchError(
+            f"{origin}: found {text!r}, expected no quotes, backslashes, line breaks or control characters: the "
+            "directives of a job script can't hold them"
+        )
+    return f'"{text}"'
+
+
+def _fill(template: str, folder: Path, directives: Mapping[str, str], resources: Resources) -> str:
+    """A launch script with a job's directives in the place of its own, and its settings below them."""
     shebang, *lines = template.splitlines()
     named = {line: re.match(r"#SBATCH --([\w-]+)", line) for line in lines}
     kept = [line for line, name in named.items() if name is not None and name[1] not in directives]
     body = [line for line in lines if named[line] is None]
-    asked = [f'#SBATCH --{name}="{value}"' for name, value in directives.items() if value is not None]
-    asked += [f"#SBATCH {option}" for option in resources.options]
+    asked = [line for line in directives.values() if line]
     settings = [
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH LAUNCH={shlex.quote(str(folder))}",
-        f"export LAUNCHER={resources.launcher} PROCESSES={resources.processes_per_node}",
+        f"export LAUNCHER={shlex.quote(resources.launcher)} PROCESSES={resources.processes_per_node}",
     ]
     return "\n".join([shebang, *kept, *asked, *settings, *body]) + "\n"
 

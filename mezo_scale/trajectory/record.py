@@ -66,8 +66,8 @@ class Header:
             and in trajectories from before it was written: then they are not compared.
         run_id: 128 random bits as 32 hexadecimal digits, drawn when the file is made. No two runs share records, even
             with equal settings. None in files of version 1.
-        fingerprints: of what else the run was made with, by name ("data", "config"), from whoever made the optimizer.
-            Names that only one of two headers has are not compared.
+        fingerprints: of what else the run was made with, by name ("data", "config", "tokenizer"), from whoever made the
+            optimizer. Names that only one of two headers has are not compared.
         estimator, rule: how losses became multipliers; a replay needs neither.
 
     A field that has its default is left out of the file. Raises ValueError for types and numbers that no run could
@@ -131,12 +131,14 @@ class Header:
                 "give the base model that it was trained on, loaded in the same dtype"
             )
         mine, theirs = self.fingerprints or {}, other.fingerprints or {}
-        for what in sorted(mine.keys() & theirs.keys()):
-            if mine[what] != theirs[what]:
-                raise TrajectoryError(
-                    f"{where} was made with other {what} (fingerprint {mine[what]}, this run has {theirs[what]}): give "
-                    f"the {what} that it was begun with, or begin a new run"
-                )
+        others = [what for what in sorted(mine.keys() & theirs.keys()) if mine[what] != theirs[what]]
+        if others:
+            names = " and ".join(others)
+            both = "; ".join(f"{what} has fingerprint {mine[what]}, this run's {theirs[what]}" for what in others)
+            raise TrajectoryError(
+                f"{where} was made with other {names} ({both}): give the {names} that it was begun with, or begin "
+                "a new run"
+            )
         for name in ("estimator", "rule", "num_directions", "num_groups", "distribution", "rounding", "seed", "eps"):
             value, given = getattr(self, name), getattr(other, name)
             if value != given:

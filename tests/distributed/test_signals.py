@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch.distributed as dist
 
+from mezo_scale.distributed import signals
 from mezo_scale.distributed.signals import Interrupted, Interruption, watch
 
 
@@ -45,12 +46,28 @@ def test_a_process_alone_stops_after_the_step_in_flight() -> None:
     assert stopped.value.code == 128 + signal.SIGTERM
     assert stopped.value.signal == "SIGTERM"
     os.kill(os.getpid(), signal.SIGTERM)  # the second of a pair finds the process still deaf
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def test_a_second_signal_ends_the_process_at_once_and_an_echo_does_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with watch(None):
+        for later_s, ended in ((0.0, []), (0.5, []), (1.5, [130])):
+            now[0] = 100.0 + later_s
+            os.kill(os.getpid(), signal.SIGINT)
+            assert codes == ended
+    assert capfd.readouterr().err.count("stopped at once by SIGINT") == 1
 
 
 def test_signals_mean_what_they_did_once_the_loop_is_over() -> None:
-    before = signal.getsignal(signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    assert signal.SIGINT in signals.SIGNALS
     with watch(None):
-        assert signal.getsignal(signal.SIGUSR1) != before
-    assert signal.getsignal(signal.SIGUSR1) == before
+        assert all(signal.getsignal(number) not in before for number in signals.SIGNALS)
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before

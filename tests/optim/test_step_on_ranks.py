@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import mezo_scale as ms
+from mezo_scale.errors import RankError
 from tests.support import layouts, models
 from tests.support.pool import RankFailed, Ranks
 
@@ -55,6 +56,26 @@ def disagreeing_steps(odd_rank: int) -> None:
 def test_a_rank_that_records_something_else_is_named(ranks: Ranks) -> None:
     with pytest.raises(RankFailed, match="rank 2 recorded another step 0"):
         ranks(3, disagreeing_steps, odd_rank=2)
+
+
+def disagreeing_last_step(odd_rank: int) -> str:
+    optimizer = ms.MeZO(models.build(NAME), lr=1e-3)
+    batch, objective = models.batch(NAME, 2), models.objective(NAME)
+    optimizer.step(batch=batch, objective=objective)
+    optimizer.check_ranks()
+    optimizer.param_groups[0]["lr"] = 2e-3 if dist.get_rank() == odd_rank else 1e-3
+    optimizer.step(batch=batch, objective=objective)
+    try:
+        optimizer.check_ranks()
+    except RankError as error:
+        return str(error)
+    return "the ranks agree"
+
+
+@pytest.mark.parametrize("odd_rank", [0, 2])
+def test_a_rank_that_differs_in_the_last_step_only_is_named_by_all(ranks: Ranks, odd_rank: int) -> None:
+    for said in ranks(3, disagreeing_last_step, odd_rank=odd_rank):
+        assert said.startswith(f"rank {odd_rank} recorded another step 1 than the other ranks: ")
 
 
 def cut_step(layout: str, micro_batch: int | None) -> tuple[float, tuple[float, ...]]:

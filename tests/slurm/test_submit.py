@@ -62,6 +62,25 @@ def test_the_job_runs_a_copy_of_the_recipe_and_says_which_code(recipe: pathlib.P
     ]
 
 
+def test_what_sbatch_reads_is_quoted(recipe: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "a $(touch PWNED) `id` 'b' 50% é"
+    resources = Resources(2, 2, partition="a b", options=("--comment=two words #", "-A lab", "--exclusive"))
+    submit(str(recipe), [f"output.dir={json.dumps(str(folder))}"], None, resources, dry_run=True)
+    script = folder / "job" / "job.sbatch"
+    lines = script.read_text().splitlines()
+    assert '#SBATCH --partition="a b"' in lines
+    assert '#SBATCH --comment="two words #"' in lines
+    assert '#SBATCH -A "lab"' in lines
+    assert "#SBATCH --exclusive" in lines
+    assert f'#SBATCH --output="{str(folder).replace("%", "%%")}/job/slurm-%j.out"' in lines
+    exports = "\n".join(line for line in lines if line.startswith("export ") and "LAUNCH=" in line)
+    said = subprocess.run(
+        ["/bin/bash", "-c", exports + '; printf %s "$LAUNCH"'], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert said.stdout == str(folder / "job")
+    assert not (tmp_path / "PWNED").exists()
+
+
 def test_without_gpus_a_node_has_one_process(recipe: pathlib.Path, tmp_path: pathlib.Path) -> None:
     submit(str(recipe), [], None, Resources(nodes=3, gpus_per_node=0), dry_run=True)
     assert "gpus-per-node" not in directives(tmp_path / "run/job/job.sbatch")
@@ -89,6 +108,21 @@ def test_an_array_has_a_run_per_value(recipe: pathlib.Path, tmp_path: pathlib.Pa
         ([], "seed=1,1", SMALL, "--array: found 'seed=1,1', expected a field and different values"),
         ([], "sead=1,2", SMALL, "unknown key sead"),
         (["nothing"], None, SMALL, "found 'nothing'"),
+        (['output.dir="x\\ntouch PWNED #"'], None, SMALL, "output.dir: found .*, expected a name of printable"),
+        (["output.dir='x\"y'"], None, SMALL, "output.dir: found .*, expected no quotes"),
+        (["output.dir='x\\y'"], None, SMALL, "output.dir: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, partition="a\ntouch PWNED"), "--partition: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, partition='a" --wrap="id'), "--partition: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, time="1:00\x1b"), "--time: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, time="1:00\u2028id"), "--time: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, options=("--comment=a\ntouch PWNED",)), "--sbatch: found .*, expected an option"),
+        ([], None, Resources(2, 2, options=("--comment=a\rb",)), "--sbatch: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, options=('--comment="',)), "--sbatch: found .*, expected no quotes"),
+        ([], None, Resources(2, 2, options=("touch PWNED",)), "--sbatch: found .*, expected an option"),
+        ([], "template=a{text},a[text]", SMALL, "--array: two of its values would share the folder"),
+        ([], "output.dir=/x1,/x2", SMALL, "--array: output.dir=/x2 makes the run that another value makes"),
+        ([], "lr=1e-3,0.001", SMALL, "--array: lr=0.001 makes the run that another value makes"),
+        ([], f"objective={'x' * 250},b", SMALL, "no part of a path longer than 255 bytes"),
     ],
 )
 def test_what_the_ranks_would_refuse_is_refused_before_anything_is_written(

@@ -299,12 +299,13 @@ def test_a_file_cut_at_any_byte_of_such_an_entry_loses_that_step_alone(tmp_path:
         ({"manifest": [["b.weight", [3, 2], "float32", 0, True]]}, r"it has a.weight .* the model has b.weight"),
         ({"manifest": []}, "it has 1 trainable parameters, the model has 0"),
         ({"rounding": "master"}, "rounding = nearest, this run has master"),
-        ({"fingerprints": {"data": "12", "more": "1"}}, "made with other data .fingerprint 11, this run has 12"),
+        ({"fingerprints": {"data": "12", "more": "1"}}, "other data .data has fingerprint 11, this run's 12.: give"),
+        ({"fingerprints": {"data": "12", "config": "2"}}, "other config and data .config has .* 2; data has .* 12.:"),
     ],
 )
 def test_what_differs_is_said(change: dict[str, object], message: str) -> None:
     with pytest.raises(TrajectoryError, match=message):
-        header(fingerprints={"data": "11"}).check_same(header(**change), "run.mezo")
+        header(fingerprints={"data": "11", "config": "1"}).check_same(header(**change), "run.mezo")
 
 
 def test_two_runs_of_the_same_settings_fit_each_other() -> None:

@@ -1,0 +1,36 @@
+"""Digests of what a model computes with besides its weights: its configuration and its tokenizer."""
+
+import hashlib
+import json
+from typing import Any
+
+_NO_MATTER = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
+"""Where a configuration lies, who wrote it, and what its weights were stored in."""
+
+
+def of_config(config: Any) -> str:
+    """64 bits in hexadecimal of all values of a transformers configuration that can decide the forward pass."""
+    return _digest(_decisive(json.loads(config.to_json_string(use_diff=False))))
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """64 bits in hexadecimal of a tokenizer: vocabulary, merges and rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        rules: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), added]
+    else:
+        rules = json.loads(backend.to_str())
+        for name in ("padding", "truncation"):  # each call sets them
+            rules.pop(name, None)
+    return _digest([rules, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)])
+
+
+def _decisive(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _decisive(inner) for name, inner in value.items() if name not in _NO_MATTER}
+    return [_decisive(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
