@@ -104,7 +104,7 @@ def test_a_log_of_version_1_from_before_frozen_weights_were_written_is_replayed_
 
 def test_other_fingerprints_of_what_a_run_depends_on_are_refused(tmp_path: pathlib.Path) -> None:
     tuned(models.build("llama"), tmp_path / "t.mezo", fingerprints={"data": "12"})
-    with pytest.raises(TrajectoryError, match="made with other data .fingerprint 12, this run has 13."):
+    with pytest.raises(TrajectoryError, match="made with other data .data has fingerprint 12, this run.s 13."):
         tuned(models.build("llama"), tmp_path / "t.mezo", fingerprints={"data": "13"})
     assert tuned(models.build("llama"), tmp_path / "t.mezo", fingerprints={"data": "12"}).step_count == 2
 
