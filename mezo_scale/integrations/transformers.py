@@ -132,7 +132,9 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
                 "resume_from_checkpoint loads weights of a later step than the trajectory starts from: leave one of "
                 "the two out (a trajectory takes up the run by itself, from the base model)"
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        _unwrapped(self.optimizer).check_ranks()  # no next step compares the last one
+        return done
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -78,6 +78,15 @@ def test_its_steps_are_the_optimizer_s(tmp_path: pathlib.Path) -> None:
     assert equal(values(model), by_hand(rows, steps=3, size=2))
 
 
+def test_ranks_compare_the_last_step_when_the_training_ends(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(ms.MeZO, "check_ranks", lambda optimizer: compared.append(optimizer.step_count))
+    MeZOTrainer(models.build("llama"), config(tmp_path), train_dataset=Rows(6)).train()
+    assert compared == [3]
+
+
 def test_all_branches_run_in_one_forward_where_the_objective_gives_a_loss_per_row(tmp_path: pathlib.Path) -> None:
     rows, model, calls = Rows(6), models.build("llama"), []
     trainer = MeZOTrainer(model, config(tmp_path), train_dataset=rows, objective=ms.objectives.labels)
