@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from mezo_scale.perturbation import pairing, rows
 from mezo_scale.perturbation.pairing import Pairing
 from mezo_scale.perturbation.substitute import in_float32, is_half, shadowed
-from mezo_scale.perturbation.weights import Branch, Weights, is_wide, stored
+from mezo_scale.perturbation.weights import Branch, Weights, check_unwritten, is_wide, stored
 from mezo_scale.sharding import Site
 
 Forward = Callable[..., Any]
@@ -83,7 +83,10 @@ class Runner:
         outer, self.held = self.held, self.held | made.keys()
         try:
             with shadowed(made):
-                return in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
+                result = in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
+            for site, weight in made.items():
+                check_unwritten(site, weight)
+            return result
         finally:
             self.held = outer
 

@@ -98,7 +98,7 @@ class Reading(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in WRITES and type(args[0]) is Reading:
-            raise _written(args[0].site.name)
+            raise written(args[0].site.name)
         if func in SAME:
             return args[0]
         if func in METADATA:
@@ -117,7 +117,8 @@ class Reading(Tensor):
         return func(*args, **kwargs)
 
 
-def _written(name: str) -> ViewError:
+def written(name: str) -> ViewError:
+    """What is raised where a forward writes a trainable parameter."""
     return ViewError(
         f"{name} is written by the model's own forward, so it has no one value to perturb: freeze it "
         "(requires_grad = False)"
@@ -224,7 +225,7 @@ class Guarded(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in WRITES and type(args[0]) is Guarded:
-            raise _written(args[0].name_in_model)
+            raise written(args[0].name_in_model)
         if func in SAME:
             return args[0]
         if func in METADATA:

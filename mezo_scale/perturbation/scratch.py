@@ -45,12 +45,17 @@ class Scratch:
         if start == 0 and (buffer is None or buffer.numel() < self._peak[key]):
             self._buffers.pop(key, None)  # freed before its successor is made
             buffer = None
-            buffer = self._buffers[key] = torch.empty(self._peak[key], dtype=dtype, device=device)
+            buffer = self._buffers[key] = _empty(self._peak[key], dtype, device)
         if buffer is None or end > buffer.numel():
-            return torch.empty(shape, dtype=dtype, device=device)  # the first step only: the peak was not known yet
+            return _empty(shape, dtype, device)  # the first step only: the peak was not known yet
         return buffer[start : start + numel].view(shape)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lives in this scratch, and so must be copied to outlast its frame."""
         storage = tensor.untyped_storage()._cdata  # not its address: a fake tensor has none
         return any(buffer.untyped_storage()._cdata == storage for buffer in self._buffers.values())
+
+
+def _empty(shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # there tensors do not count what is written to them
+        return torch.empty(shape, dtype=dtype, device=device)

@@ -34,7 +34,7 @@ from mezo_scale.perturbation.readers import Readers, Running, caller
 from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
-from mezo_scale.perturbation.weights import Branch, Weights, is_lookup, is_wide, stored
+from mezo_scale.perturbation.weights import Branch, Weights, check_unwritten, is_lookup, is_wide, stored
 from mezo_scale.sharding import Layout, Site, discover, schemes
 
 
@@ -76,6 +76,7 @@ class View:
         self._settled = False  # whether an evaluation has shown who reads what
         self._bypassed: set[Site] = set()
         self._memory: dict[int | None, Site] = {}  # while learning, where the parameters lie
+        self._made: list[tuple[Site, Tensor]] = []  # where no reader was known, until the module under way has run
         self._counted: set[nn.Module] = set()
         self._entry: nn.Module | None = None
         self._opened = ExitStack()
@@ -117,6 +118,7 @@ class View:
             self._watch_bypasses()
             with torch.no_grad():
                 yield
+            self._check_made(0)
 
     def _watch_bypasses(self) -> None:
         """From now on in this opening, if there are parameters that come to operations without being fetched."""
@@ -126,6 +128,7 @@ class View:
 
     def _close(self) -> None:
         self._runner.branches, self._runner.active, self._runner.held, self._entry = [], (), set(), None
+        self._made.clear()
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -239,9 +242,11 @@ class View:
         self._opened.callback(restore)
 
     def _run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        begun = len(self._made)
         if self._learning:
             wide = is_wide(module) and any(is_half(stored(site)) for site in self._owned.get(module, ()))
             result = in_float32(original, args, kwargs) if wide else original(*args, **kwargs)
+            self._check_made(begun)
             return tree_map_only(Reading, self.value_of, result)  # while it is there: ZeRO-3 lets go of it now
         sites = self._readers.by_module.get(module, [])
         if sites and (is_lookup(module) or self._bypassed):
@@ -250,7 +255,9 @@ class View:
             self._counted.add(module)
             self.read.update(site.name for site in sites)
         if len(self._runner.active) == 1:
-            return self._runner.run_one(module, sites, original, args, kwargs)
+            result = self._runner.run_one(module, sites, original, args, kwargs)
+            self._check_made(begun)
+            return result
         if module not in self._pairing.units:
             return original(*args, **kwargs)  # what it reads itself, it reads as a `Reading`: an error
         return self._runner.run_all(module, sites, original, args, kwargs)
@@ -278,6 +285,7 @@ class View:
             wide = is_wide(reading.site.module) and reading.reader is reading.site.module
             branch = self._runner.branches[self._runner.active[0]]
             reading.made = self.weights.perturb(reading.site, [branch], keep=True, wide=wide)[0]
+            self._made.append((reading.site, reading.made))
         return reading.made
 
     def rows_of(self, reading: Reading, ids: Tensor) -> Tensor:
@@ -286,6 +294,11 @@ class View:
             return nn.functional.embedding(ids, self.value_of(reading))
         self._note(reading)
         return self.weights.rows(reading.site, self._runner.branches[self._runner.active[0]], ids)
+
+    def _check_made(self, begun: int) -> None:
+        """Lets go of the weights made since then. Raises a ViewError if one was written."""
+        while len(self._made) > begun:
+            check_unwritten(*self._made.pop())
 
     def _note(self, reading: Reading) -> None:
         site = reading.site

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mezo_scale import noise
 from mezo_scale.noise import Noise
 from mezo_scale.perturbation import local
+from mezo_scale.perturbation.reading import written
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import is_half
 from mezo_scale.sharding import Runs, Site
@@ -54,13 +55,14 @@ class Weights:
             dtype = torch.float32 if wide else self.dtype_of(held)
             shape = (len(branches), *held.shape)
             if keep:
-                out = torch.empty(shape, dtype=dtype, device=held.device)
+                with torch.inference_mode(False):  # there tensors do not count what is written to them
+                    out = torch.empty(shape, dtype=dtype, device=held.device)
             else:
                 out = self.scratch.take(shape, dtype, held.device)
             if site not in self._runs:
                 self._runs[site] = local.runs_held(weight)
             noise.view(held, site.param_id, list(branches), out, runs=self._runs[site], noise=self.noise)
-            return [local.like(part, weight) for part in out]
+            return [local.like(part.data, weight) for part in out]  # data: with a count of its own of what writes it
 
     def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:
         """Rows of a perturbed table: only those that are looked up are made."""
@@ -81,6 +83,12 @@ class Weights:
             return result.clone() if not isinstance(result, DTensor) and self.scratch.holds(result) else result
         leaves, spec = tree_flatten(result)
         return tree_unflatten([self.outlive(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def check_unwritten(site: Site, made: Tensor) -> None:
+    """Raise a ViewError if something has written to a perturbed weight since it was made, through whatever view."""
+    if local.local_of(made)._version:
+        raise written(site.name)
 
 
 def stored(site: Site) -> Tensor:

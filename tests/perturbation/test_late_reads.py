@@ -120,7 +120,69 @@ class SetsTheDataOfWhatItKeeps(ClampsWhatItKeeps):
         return x * self.kept[0].exp()
 
 
-@pytest.mark.parametrize("make", [SetsItsData, ClampsItself, WritesASlice, ClampsWhatItKeeps, SetsTheDataOfWhatItKeeps])
+class WritesAViewOfAView(WritesASlice):
+    """By a road on which only the memory is the parameter's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.view(2, 3)[0].mul_(0.9)
+        return x * self.weight
+
+
+class WritesByAFunction(WritesASlice):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.clamp_(self.weight, max=0.1)
+        return x * self.weight
+
+
+class WritesAsOutput(WritesASlice):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.mul(self.weight, 0.9, out=self.weight.detach())
+        return x * self.weight
+
+
+class WritesManyAtOnce(WritesASlice):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._foreach_mul_([self.weight], 0.9)
+        return x * self.weight
+
+
+class WritesAViewOfWhatItKeeps(ClampsWhatItKeeps):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept[0].view(-1)[1:].clamp_(max=4.6)
+        return x * self.kept[0].exp()
+
+
+class WritesWhatAChildReturned(nn.Module):
+    class Child(WritesASlice):
+        def forward(self) -> Tensor:
+            return self.weight
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = self.Child()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.child()
+        weight[1:].mul_(0.9)
+        return x * weight
+
+
+WRITERS = [
+    SetsItsData,
+    ClampsItself,
+    WritesASlice,
+    ClampsWhatItKeeps,
+    SetsTheDataOfWhatItKeeps,
+    WritesAViewOfAView,
+    WritesByAFunction,
+    WritesAsOutput,
+    WritesManyAtOnce,
+    WritesAViewOfWhatItKeeps,
+    WritesWhatAChildReturned,
+]
+
+
+@pytest.mark.parametrize("make", WRITERS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_model_whose_forward_writes_a_trainable_parameter_is_refused_and_stays_as_it_was(
     make: Callable[[], nn.Module], count: int
@@ -131,3 +193,27 @@ def test_a_model_whose_forward_writes_a_trainable_parameter_is_refused_and_stays
     with pytest.raises(ViewError, match="written by the model's own forward"), ms.perturbed(model, BRANCHES[:count]):
         model(torch.randn(4, 6))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class WritesLater(WritesASlice):
+    """Its first calls write nothing."""
+
+    writes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.weight.view(2, 3)[0].mul_(0.9)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_write_that_begins_after_the_view_has_learned_is_refused(inference: bool) -> None:
+    model = WritesLater()
+    view, x = ms.View(model), torch.randn(4, 6)
+    with torch.inference_mode(inference):
+        for _ in range(2):
+            with view.branches(BRANCHES[:1]):
+                model(x)
+        model.writes = True
+        with pytest.raises(ViewError, match="written by the model's own forward"), view.branches(BRANCHES[:1]):
+            model(x)
