@@ -5,6 +5,7 @@ Lanes are markers, and which one a test is in follows from the fixture that it a
 """
 
 import os
+import pathlib
 
 import hypothesis
 import pytest
@@ -20,6 +21,7 @@ hypothesis.settings.load_profile("project")
 pytest_plugins = ("tests.support.fixtures", "tests.support.launch", "tests.support.cluster")
 
 LANES = {"ranks": "ranks", "launch": "launch", "cluster": "slurm", "demo": "real"}
+SLOW_FIRST = ("slurm", "launch", "real", "ranks")  # a long file that began last would keep one core waiting
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,3 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(name)
             if name == "slurm" and why:
                 item.add_marker(pytest.mark.skip(reason=why))
+    slow: dict[pathlib.Path, int] = {}  # whole files: xdist keeps a file's tests together
+    for item in items:
+        place = next((place for place, name in enumerate(SLOW_FIRST) if item.get_closest_marker(name)), len(SLOW_FIRST))
+        slow[item.path] = min(slow.get(item.path, place), place)
+    items.sort(key=lambda item: slow[item.path])
