@@ -1,6 +1,9 @@
 """`mezo-scale train`"""
 
 import textwrap
+from typing import Annotated
+
+import typer
 
 from mezo_scale import recipe as recipes
 from mezo_scale.cli.app import app
@@ -25,7 +28,17 @@ def _fields() -> str:
 
 
 @app.command(epilog=_fields())
-def train(recipe: Source, overrides: Overrides = None, processes: Processes = None) -> None:
+def train(
+    recipe: Source,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Everything but the steps: read the data, show prompts, load the model, plan memory."
+        ),
+    ] = False,
+) -> None:
     """Train: start a run, or go on with the one in the recipe's run directory.
 
     Run it alone, or under torchrun, deepspeed, accelerate launch or srun.
@@ -38,4 +51,4 @@ def train(recipe: Source, overrides: Overrides = None, processes: Processes = No
 
     silence_transformers()
 
-    run(parsed)
+    run(parsed, dry_run=dry_run)

@@ -31,6 +31,7 @@ from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.rehearsal import rehearse
 from mezo_scale.runs.report import as_table, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits, prepare
@@ -42,12 +43,13 @@ from mezo_scale.tasks.order import share, step_indices
 from mezo_scale.trajectory import Trajectory
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Runs a recipe, or goes on with the run that its directory holds. Every rank of a launch calls it.
 
     - All input is checked before anything is written: recipe, layout, model, data, an earlier run.
     - Killed at any point, the same call goes on after the last step whose record reached the disk.
     - Weights are not saved on the way: the base model and the trajectory are the checkpoint.
+    - With `dry_run` it ends before the first step, shows what it would do, and has written nothing.
 
     Raises:
         MezoError: for whatever the user can mend.
@@ -73,7 +75,11 @@ def train(recipe: Recipe) -> None:
             splits = EncodedSplits.read(recipe, kind)
         splits.check_same(world)
         world.check_shared(run.path)
-        Trainer(recipe, world, run, kind, splits).go(max_integer(done))
+        trainer = Trainer(recipe, world, run, kind, splits)
+        if dry_run:
+            trainer.rehearse(max_integer(done))
+        else:
+            trainer.go(max_integer(done))
 
 
 class Trainer:
@@ -94,6 +100,22 @@ class Trainer:
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
             f"{self.loaded.strategy.layout}, {world.device.type}"
+        )
+
+    def rehearse(self, done: int) -> None:
+        """All that goes before the first step; nothing is written. `done` steps are in the trajectory already."""
+        if done:
+            self.screen.say(f"{self.run.path} holds {done} steps of {self.recipe.train.steps} already")
+        rehearse(
+            self.recipe,
+            self.world,
+            self.loaded,
+            self.kind,
+            self.splits,
+            self.objective,
+            self._micro_batch(done),
+            self.screen,
+            self.memory,
         )
 
     def go(self, done: int) -> None:
@@ -213,8 +235,7 @@ class Trainer:
 
     def _infer(self, step: int) -> None:
         """One forward pass with the weights as they are, on a step's rows: what its memory is compared with."""
-        rows = self.recipe.train.micro_batch
-        batch = {name: leaf[:rows] for name, leaf in self._batch(step).items()}
+        batch = self._micro_batch(step)
         with self.memory.phase(INFERENCE), torch.no_grad():
             self.objective(self.loaded.model, batch)
 
@@ -247,6 +268,11 @@ class Trainer:
         axes = self.loaded.strategy.axes
         chosen = [examples[row] for row in share(rows, axes.rows_rank(self.world.rank), axes.rows_size)]
         return to_device(self.kind.collate(chosen, recipe.train.objective), self.loaded.device)
+
+    def _micro_batch(self, step: int) -> Batch:
+        """The first of this rank's rows of a step, as many as run at once."""
+        rows = self.recipe.train.micro_batch
+        return {name: leaf[:rows] for name, leaf in self._batch(step).items()}
 
     def _evaluate(self, rows: Sequence[Any], what: str) -> Score:
         with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
