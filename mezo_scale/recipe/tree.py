@@ -179,6 +179,14 @@ class OutputSection(Section):
     checkpoint: bool = Field(
         True, description="At the end, save an ordinary Hugging Face checkpoint in the run directory."
     )
+    trackers: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"], ...] = (
+        Field(
+            (),
+            strict=False,
+            description="Where each step's numbers go besides metrics.jsonl and TensorBoard, as in [wandb]; log in to "
+            "them in their own ways.",
+        )
+    )
 
 
 class Recipe(Section):
@@ -253,7 +261,8 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is Annotated:
         return _type(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
-        return "list of text"
+        inner = get_args(annotation)[0]
+        return "list of text" if inner is str else f"list of {_type(inner)}"
     names = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "null"}
     return names.get(annotation) or " | ".join(_type(part) for part in get_args(annotation))
 

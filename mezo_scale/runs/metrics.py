@@ -1,17 +1,24 @@
-"""Numbers per step, to a file and to TensorBoard."""
+"""Numbers per step, to a file, to TensorBoard and to trackers."""
 
 import json
 import math
 from typing import Any, TextIO
 
 from mezo_scale.distributed.world import World
+from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.trackers import Trackers
 
 
 class Metrics:
-    """Numbers per step, to metrics.jsonl and to TensorBoard; nothing on the ranks that do not write."""
+    """Numbers per step, to metrics.jsonl, TensorBoard and the recipe's trackers; nothing on ranks that do not write.
 
-    def __init__(self, run: RunDirectory, world: World, first_step: int) -> None:
+    Args:
+        first_step: steps that are done; what is there of later ones is left out.
+        run_id: the trajectory's.
+    """
+
+    def __init__(self, run: RunDirectory, world: World, first_step: int, recipe: Recipe, run_id: str | None) -> None:
         self._file: TextIO | None = None
         self._board: Any = None  # TensorBoard's, imported below
         if world.rank == 0:
@@ -22,6 +29,7 @@ class Metrics:
             whole = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step)
             replace_file(run.metrics, whole)
             self._file = run.metrics.open("a", encoding="utf-8")
+            self._trackers = Trackers(recipe, run_id)
             self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, **values: Any) -> None:
@@ -34,11 +42,13 @@ class Metrics:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
+        self._trackers.log(step, finite)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._board.close()
+            self._trackers.close()
 
 
 def _finite(value: Any) -> Any:

@@ -25,6 +25,7 @@ from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
+from mezo_scale.runs import trackers
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
@@ -59,6 +60,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
         run = RunDirectory(recipe.directory)
         with world.raise_on_all():
             models.check(recipe, world)
+            trackers.check(recipe.output.trackers)
             if recipe.optimizer.rounding == "master" and recipe.model.dtype == "float16":
                 raise RecipeError(
                     "optimizer.rounding is master, but model.dtype is float16, whose numbers are not the upper half of "
@@ -205,8 +207,10 @@ class Trainer:
     def _train(self, optimizer: MeZO) -> int:
         """The steps that are left. Returns how many of the run's steps were skipped (on rank 0)."""
         recipe, total = self.recipe, self.recipe.train.steps
+        log = optimizer.trajectory
+        assert log is not None, "a run keeps a log"
         skips = Skips(recipe.train.max_skipped, count_skipped(self.run.trajectory) if self.world.rank == 0 else 0)
-        metrics = Metrics(self.run, self.world, optimizer.step_count)
+        metrics = Metrics(self.run, self.world, optimizer.step_count, recipe, log.header.run_id)
         try:
             with (
                 self.screen.steps(optimizer.step_count, total, recipe.train.log_every) as progress,
