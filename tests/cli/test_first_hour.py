@@ -1,6 +1,8 @@
 """What a newcomer asks of the command line besides training: a rehearsal, samples, runs side by side, the schema."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,24 @@ Run = Callable[..., tuple[int, str, str]]
 
 def test_the_version_is_printed(run: Run) -> None:
     assert run("--version") == (0, f"mezo-scale {mezo_scale.__version__}\n", "")
+
+
+def test_without_deepspeed_zero3_is_refused_and_the_rest_runs(
+    run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "DeepSpeed is not installed: pip install 'mezo-scale[zero3]', or take sharding.strategy=fsdp2"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "deepspeed", None)
+        assert message in refused(run, tmp_path, "train", recipe_file, "strategy=zero3")
+    program = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "from mezo_scale.cli import main\n"
+        f"sys.argv[1:] = ['train', {str(recipe_file)!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tuned, 4 steps" in done.stdout
 
 
 def test_the_schema_names_every_section_and_forbids_unknown_keys(run: Run) -> None:
