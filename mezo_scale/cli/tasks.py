@@ -1,6 +1,7 @@
 """`mezo-scale tasks` and `mezo-scale tasks show`"""
 
 import json
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -8,7 +9,9 @@ import typer
 
 from mezo_scale.cli.app import app
 from mezo_scale.cli.arguments import console
-from mezo_scale.recipe import TaskSection
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import TaskSection, options, parse
+from mezo_scale.recipe.reading import parse_override
 
 _ANY_LENGTH = 2**30  # tokens: nothing is cut off, for nothing is run
 
@@ -47,6 +50,10 @@ def tasks(context: typer.Context) -> None:
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A task, as `mezo-scale tasks` lists them.")],
     data: Annotated[str, typer.Option(help="What task.data would be: a folder of splits, a file, a name on the hub.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Other fields of the recipe's task, like task.template=..."),
+    ] = None,
     subset: Annotated[str | None, typer.Option(help="What task.subset would be.")] = None,
     split: Annotated[
         Part,
@@ -64,10 +71,8 @@ def show(
     """
     from mezo_scale import tasks as room
 
-    section = TaskSection(name=name, data=data, subset=subset, max_length=_ANY_LENGTH)
-    parts = room.examples(section)
-    part = "validation" if split is Part.dev else split.value
-    all_ = parts["all"] if "all" in parts else parts[part]
+    section = _section(overrides or (), name=name, data=data, subset=subset, max_length=_ANY_LENGTH)
+    all_ = _of_part(room.examples(section), "validation" if split is Part.dev else split.value, data)
     chosen = all_[:count]
     shown = [example.as_dict() for example in chosen]
     if model is not None:
@@ -79,10 +84,30 @@ def show(
         typer.echo("\n".join(_lines(one, f"example {number} of {len(all_):,}")))
 
 
+def _section(overrides: Sequence[str], **fields: Any) -> TaskSection:
+    """The section that a recipe would have. Raises RecipeError for an override that is none of its fields."""
+    known = [option.key for option in options() if option.key.startswith("task.")]
+    for override in overrides:
+        key, value = parse_override(override, known, "docs/recipe.md lists a task's", "options")
+        fields[key.removeprefix("task.")] = value
+    # A model stands in a recipe, and here it does not matter which.
+    return parse({"model": {"name": "none"}, "task": fields}, "the command line").task
+
+
+def _of_part(parts: Mapping[str, Sequence[Any]], part: str, data: str) -> Sequence[Any]:
+    if "all" in parts:
+        return parts["all"]
+    if part not in parts:
+        raise RecipeError(f"--split: {data} has no {part} part with labels, expected {' or '.join(parts)}")
+    return parts[part]
+
+
 def _tokens(section: TaskSection, examples: Any, model: str) -> list[dict[str, Any]]:
-    """For each example: length, the tokens of its longest sequence; tokens, those that are scored."""
+    """For each example: length, the tokens of its longest sequence; tokens, those that are scored; of a chat also the
+    prompt, as its template has it."""
     from mezo_scale import tasks as room
     from mezo_scale.models.checkpoints import load_tokenizer, silence_transformers  # seconds to import
+    from mezo_scale.tasks.kinds.chat import Chat
 
     silence_transformers()
     tokenizer = load_tokenizer(model)
@@ -90,10 +115,11 @@ def _tokens(section: TaskSection, examples: Any, model: str) -> list[dict[str, A
     rows = [kind.encode(example) for example in examples]
     return [
         {
+            **({"prompt": kind.posed(example)} if isinstance(kind, Chat) else {}),
             "length": kind.length(row),
             "tokens": [tokenizer.convert_ids_to_tokens(list(answer)) for answer in kind.scored(row)],
         }
-        for row in rows
+        for example, row in zip(examples, rows, strict=True)
     ]
 
 

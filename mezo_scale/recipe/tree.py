@@ -66,7 +66,7 @@ class TaskSection(Section):
     )
     data: Name = Field(
         description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
-        "with one such file each for train, validation and test; or the name of a dataset on the hub (its train split)."
+        "with one such file each for train, validation and test; or the name of a dataset on the hub (all its splits)."
     )
     subset: Name | None = Field(
         None, description="Only the rows whose `source` column says this; for a dataset on the hub its configuration."
@@ -83,6 +83,25 @@ class TaskSection(Section):
         description="The answers, one per label and in the order of the labels; null means the task's own. For tasks "
         "that choose among the same answers for every row.",
     )
+    label_column: Name | None = Field(
+        None, description="For choice: the column that says which candidate is right; null means label."
+    )
+    labels: tuple[str | int, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=2,
+        description="For choice: what that column holds, in the order of candidates; null means 0, 1, ... or the "
+        "candidates' own texts.",
+    )
+    answer_column: Name | None = Field(
+        None,
+        description="For answer: the column with the text that is right, or the list of them; null means answer.",
+    )
+    metric: Name | None = Field(
+        None,
+        description="What decides. Tasks that choose: accuracy (the default), macro_f1, balanced_accuracy; the last "
+        "two need candidates. Tasks that write: f1 (the default), exact_match.",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,
@@ -91,6 +110,12 @@ class TaskSection(Section):
     train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
     dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
     test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them. Likewise.")
+    k_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="Few-shot: this many examples of each class to train on, and as many others for dev, in the place "
+        "of train and dev.",
+    )
     split_seed: int = Field(0, ge=0, lt=2**63, description="Seed of the permutation that splits the examples.")
     max_length: int = Field(
         256,
@@ -136,9 +161,10 @@ class TrainSection(Section):
         None,
         description="What is minimised; null means the task's own. Tasks that choose: candidates (cross-entropy over "
         "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
-        "on the right candidate's tokens, over the whole vocabulary; the default of copa and record). Tasks that "
-        "write: language_modeling (the loss on the first right answer; the default), f1, exact_match (1 minus the "
-        "score of what the model writes).",
+        "on the right candidate's tokens, over the whole vocabulary; the default of copa and record), accuracy (1 "
+        "where a wrong one is chosen). Tasks that write: language_modeling (the loss on the first right answer; the "
+        "default), f1, exact_match (1 minus the score of what the model writes). All: module:function of your own, "
+        "which scores the texts that the model chooses or writes.",
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")

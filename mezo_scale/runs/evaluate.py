@@ -20,7 +20,7 @@ from mezo_scale.recipe import Recipe
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.fitness import check_model
-from mezo_scale.runs.splits import EncodedSplits, prepare
+from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.tasks import Kind, Score
 from mezo_scale.tasks.encoding import to_device
 
@@ -77,6 +77,7 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Scor
             recipe, kind = prepare(recipe)
             splits = EncodedSplits.read(recipe, kind)
         splits.check_same(world)
+        check_same_reward(kind, world)
         loaded = models.load(recipe, world)
         check_model(loaded, kind, splits.test, recipe)
         screen = Screen(world)

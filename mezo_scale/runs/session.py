@@ -35,7 +35,7 @@ from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.rehearsal import rehearse
 from mezo_scale.runs.report import as_table, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
-from mezo_scale.runs.splits import EncodedSplits, prepare
+from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.sharding import shards
 from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
@@ -76,6 +76,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
             done = _steps_done(recipe, run) if world.rank == 0 else 0
             splits = EncodedSplits.read(recipe, kind)
         splits.check_same(world)
+        check_same_reward(kind, world)
         world.check_shared(run.path)
         trainer = Trainer(recipe, world, run, kind, splits)
         if dry_run:
@@ -202,6 +203,7 @@ class Trainer:
             "data": f"{self.splits.digest() % 2**64:016x}",
             "config": of_config(models.checkpoints.find(self.recipe.model.name)),
             "tokenizer": of_tokenizer(self.loaded.tokenizer),
+            **({} if self.kind.reward is None else {"objective": self.kind.reward.digest}),
         }
 
     def _train(self, optimizer: MeZO) -> int:

@@ -46,15 +46,26 @@ class EncodedSplits:
         Raises:
             SharedError: on every rank, naming those whose splits are not rank 0's.
         """
-        digests = gather_integers(self.digest())
-        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if others:
-            more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-            names = ", ".join(_name(rank, world) for rank in others[:8])
+        if others := _others(self.digest(), world):
             raise SharedError(
-                f"task.data: {names}{more} found other examples or tokens than {_name(0, world)}: give all nodes the "
-                "same files of the data and the tokenizer"
+                f"task.data: {others} found other examples or tokens than {_name(0, world)}: give all nodes the same "
+                "files of the data and the tokenizer"
             )
+
+
+def check_same_reward(kind: Kind[Any, Any], world: World) -> None:
+    """Every rank calls it: one step is of one function.
+
+    Raises:
+        SharedError: on every rank, naming those whose function is of another source than rank 0's.
+    """
+    if kind.reward is None:
+        return
+    if others := _others(int(kind.reward.digest, 16) >> 1, world):
+        raise SharedError(
+            f"train.objective: {others} found another {kind.reward.name} than {_name(0, world)}: give all nodes the "
+            "same file"
+        )
 
 
 def prepare(recipe: Recipe) -> tuple[Recipe, Kind[Any, Any]]:
@@ -67,6 +78,14 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Kind[Any, Any]]:
     kind = tasks.kind_of(recipe.task, checkpoints.load_tokenizer(recipe.model.name))
     section = recipe.train.model_copy(update={"objective": tasks.objective_of(recipe, kind)})
     return recipe.model_copy(update={"train": section}), kind
+
+
+def _others(digest: int, world: World) -> str:
+    """The ranks whose digest is not rank 0's, in words; empty if there are none."""
+    digests = gather_integers(digest)
+    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+    return ", ".join(_name(rank, world) for rank in others[:8]) + more
 
 
 def _name(rank: int, world: World) -> str:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
-from mezo_scale.tasks.example import Example, Question
+from mezo_scale.tasks.example import Dialogue, Example, Question
+from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE
+from mezo_scale.tasks.reward import Reward, is_reward
 from mezo_scale.tasks.splits import Splits, read_examples, split
 from mezo_scale.tasks.suite import (
     boolq,
@@ -28,13 +30,14 @@ from mezo_scale.tasks.suite import (
     wic,
     wsc,
 )
-from mezo_scale.tasks.task import NamedKind, Task
+from mezo_scale.tasks.task import SOME_TAKE, NamedKind, Task
 
 if TYPE_CHECKING:
     from mezo_scale.tasks.kinds.kind import Kind
     from mezo_scale.tasks.score import Metric, Score
 
 __all__ = [
+    "Dialogue",
     "Example",
     "Kind",
     "Metric",
@@ -54,6 +57,9 @@ __all__ = [
 
 
 _TASKS: dict[str, Task] = {
+    "choice": CHOICE,
+    "answer": ANSWER,
+    "chat": CHAT,
     "sentiment": sentiment.TASK,
     "sst2": sst2.TASK,
     "rte": rte.TASK,
@@ -113,21 +119,37 @@ def examples(section: TaskSection) -> Mapping[str, Sequence[Any]]:
 
 def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
     """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit."""
-    return _find(section).kind(tokenizer, section)
+    kind = _find(section).kind(tokenizer, section)
+    if section.metric is not None and section.metric not in kind.metrics:
+        raise RecipeError(
+            f"task.metric: found {section.metric!r} for task.name={section.name}; "
+            f"{_nearest(section.metric, kind.metrics) if kind.metrics else 'leave it out'}"
+        )
+    return kind
 
 
 def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
     """The name of what the recipe minimises: where it says nothing, the task's own, or the first of its kind.
 
+    Where it names a function of its own, the kind has learned of it afterwards.
+
     Raises:
-        RecipeError: the kind has no such objective.
+        RecipeError: the kind has no such objective, or the function can't be imported.
     """
     name = recipe.train.objective
     if name is None:
         return _find(recipe.task).objective or next(iter(kind.objectives))
-    if name not in kind.objectives:
+    if name in kind.objectives:
+        return name
+    if not is_reward(name):
         raise RecipeError(
-            f"train.objective: found {name!r} for task.name={recipe.task.name}; {_nearest(name, kind.objectives)}"
+            f"train.objective: found {name!r} for task.name={recipe.task.name}; {_nearest(name, kind.objectives)}, or "
+            "module:function of your own"
+        )
+    if not kind.learn_from(Reward.load(name)):
+        raise RecipeError(
+            f"train.objective: found {name!r}, but task.name={recipe.task.name} gives no texts that a function could "
+            f"score; {_nearest(name, kind.objectives)}"
         )
     return name
 
@@ -135,7 +157,13 @@ def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
 def _find(section: TaskSection) -> Task:
     if section.name not in _TASKS:
         raise RecipeError(f"task.name: found {section.name!r}; {_nearest(section.name, _TASKS)}")
-    return _TASKS[section.name]
+    task = _TASKS[section.name]
+    for field in SOME_TAKE:
+        if getattr(section, field) is not None and field not in task.takes:
+            raise RecipeError(
+                f"task.{field} is given, but task.name is {section.name}, which has no use for it: leave it out"
+            )
+    return task
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -65,3 +65,30 @@ class Question:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: prompt, candidates (none), gold (all texts that are right)."""
         return {"prompt": self.prompt, "candidates": [], "gold": [answer.strip() for answer in self.answers]}
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation whose last turn is written.
+
+    Attributes:
+        turns: (role, content) of the turns before it, at least one.
+        answer: the last turn, the assistant's, without white space around it.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    answer: str
+
+    @property
+    def asked(self) -> Hashable:
+        """What tells the dialogue from others."""
+        return self.turns
+
+    def contradicts(self, other: "Dialogue") -> str | None:
+        """Never: much may be said to one thing."""
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: prompt (the turns, one after the other), candidates (none), gold (the answer)."""
+        prompt = "\n".join(f"{role}: {content}" for role, content in self.turns)
+        return {"prompt": prompt, "candidates": [], "gold": [self.answer]}

@@ -15,14 +15,15 @@ GIVEN = ("test", "validation", "train")  # the files of a folder whose data come
 
 
 def read_parts(section: TaskSection) -> dict[str, list[Row]]:
-    """All rows of `section.data`: of a folder by the names in GIVEN, else under one name. Of the hub, its train split.
+    """All rows of `section.data`: of a folder by the names in GIVEN, of the hub by those of them that it has (a test
+    split without labels is none), else under one name.
 
     Raises:
         RecipeError: if the data is missing, unreadable or empty.
     """
     path = Path(section.data)
     if not means_disk(section.data):
-        parts = {"all": _from_hub(section)}
+        parts = _from_hub(section)
     elif path.is_dir():
         parts = {name: _of_subset(read_table(file), section, file) for name, file in _files(path).items()}
     elif path.is_file():
@@ -76,7 +77,7 @@ def label_of(row: Row, count: int, names: Sequence[str] = ()) -> int:
 def text_of(row: Row, name: str) -> str:
     """The text in a column. Raises RecipeError if there is no such column, or no text in it."""
     value = column(row, name, "rename the one that is meant")
-    problem = _unlike_text(value)
+    problem = unlike_text(value)
     if problem:
         raise RecipeError(f"task.data: {row.place} has {problem} in {name}, expected text")
     return str(value)
@@ -106,7 +107,7 @@ def texts_of(row: Row, name: str, one: str, field: str | None = None) -> tuple[s
     if not texts:
         raise RecipeError(f"task.data: {row.place} has no {one}, expected at least one: leave such rows out")
     for text in texts:
-        if not isinstance(text, str) or _unlike_text(text):
+        if not isinstance(text, str) or unlike_text(text):
             raise RecipeError(f"task.data: {row.place} has the {one} {text!r:.60}, expected text: leave such ones out")
     return tuple(dict.fromkeys(texts))
 
@@ -136,13 +137,13 @@ class _Filler(string.Formatter):
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         value, key = super().get_field(field_name, args, kwargs)
-        problem = _unlike_text(value)
+        problem = unlike_text(value)
         if problem:
             raise RecipeError(f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text")
         return value, key
 
 
-def _unlike_text(value: Any) -> str | None:
+def unlike_text(value: Any) -> str | None:
     """What a value is if it can't stand in a prompt."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "no text"
@@ -183,16 +184,36 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: paths[0] for name, paths in found.items()}
 
 
-def _from_hub(section: TaskSection) -> list[Row]:
+def _from_hub(section: TaskSection) -> dict[str, list[Row]]:
     from datasets import load_dataset  # seconds to import, and only for those who need it
 
+    name = section.data if section.subset is None else f"{section.data}, {section.subset}"
     try:
-        rows = list(load_dataset(section.data, section.subset, split="train"))
+        found = load_dataset(section.data, section.subset)
+        splits = {part: list(found[part]) for part in GIVEN if part in found}
     except Exception as error:  # the hub's client has a dozen roots of its own
         raise RecipeError(
-            f"task.data: {section.data!r} is neither a file nor a dataset that the hub gives ({shown([error], 200)})"
+            f"task.data: {name!r} is neither a file nor a dataset that the hub gives ({shown([error], 200)}): where "
+            f"there is no way to the hub, save it elsewhere as a file ({_types()}) or a folder of splits, and give that"
         ) from None
-    return [Row(fields, f"row {number} of {section.data}") for number, fields in enumerate(rows, 1)]
+    if "train" not in splits:
+        raise RecipeError(
+            f"task.data: {name!r} has the splits {shown(list(found))}, expected train, and validation or test: save "
+            "those that you mean as a folder with one file for each"
+        )
+    if _is_unlabelled(splits.get("test", []), section):
+        del splits["test"]
+    parts = {
+        part: [Row(fields, f"row {number} of {part} of {name}") for number, fields in enumerate(rows, 1)]
+        for part, rows in splits.items()
+    }
+    return {"all": parts["train"]} if len(parts) == 1 else parts
+
+
+def _is_unlabelled(rows: Sequence[Mapping[str, Any]], section: TaskSection) -> bool:
+    """Whether no row has a label: the hub writes -1 where a benchmark keeps them to itself."""
+    label = section.label_column or "label"
+    return bool(rows) and all(row.get(label) == -1 for row in rows)
 
 
 def _types() -> str:

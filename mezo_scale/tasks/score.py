@@ -52,14 +52,79 @@ class Metric:
     def _interval(self) -> tuple[float, float] | None:
         return wilson(self.total, self.n) if self.bounded and self.n else None
 
-    def __add__(self, other: "Metric") -> "Metric":
-        total, n = self.total + other.total, self.n + other.n
-        return Metric(total, n, self.not_finite + other.not_finite, self.bounded and other.bounded)
+    @property
+    def parts(self) -> list[float]:
+        """What adds up over ranks."""
+        return [self.total, self.n, self.not_finite]
+
+    def of_parts(self, parts: Sequence[float]) -> "Metric":
+        """The same metric over the rows that these are the sums of."""
+        return Metric(parts[0], round(parts[1]), round(parts[2]), self.bounded)
 
     def __str__(self) -> str:
         if self.value is None:
             return "none"
         return f"{self.value:.1%}" if self.bounded else f"{self.value:.4f}"
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """A mean over classes, each counting alike, however many rows it has. Metrics of different rows of a split add up.
+
+    macro_f1: of the classes' F1, 2 right / (found + there). balanced_accuracy: of the classes' recall, right / there.
+    A class that is neither found nor there counts for nothing, as in scikit-learn.
+
+    Attributes:
+        name: macro_f1 or balanced_accuracy.
+        right, found, there: rows by class: chosen and right; chosen; right.
+        not_finite: rows in which none could be chosen: wrong.
+    """
+
+    name: str
+    right: tuple[int, ...]
+    found: tuple[int, ...]
+    there: tuple[int, ...]
+    not_finite: int = 0
+
+    low = high = None  # no interval is as simple as that of a mean over rows
+
+    @classmethod
+    def of(cls, name: str, chosen: Sequence[int | None], labels: Sequence[int], classes: int) -> "ByClass":
+        """The metric of these rows."""
+        pairs = list(zip(chosen, labels, strict=True))
+        right = tuple(sum(found == label == number for found, label in pairs) for number in range(classes))
+        found = tuple(sum(found == number for found, _ in pairs) for number in range(classes))
+        there = tuple(sum(label == number for _, label in pairs) for number in range(classes))
+        return cls(name, right, found, there, sum(found is None for found in chosen))
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return sum(self.there)
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None over no rows."""
+        counts = zip(self.right, self.found, self.there, strict=True)
+        if self.name == "macro_f1":
+            values = [2 * right / (found + there) for right, found, there in counts if found + there]
+        else:
+            values = [right / there for right, _, there in counts if there]
+        return math.fsum(values) / len(values) if values else None
+
+    @property
+    def parts(self) -> list[float]:
+        """What adds up over ranks."""
+        return [*self.right, *self.found, *self.there, self.not_finite]
+
+    def of_parts(self, parts: Sequence[float]) -> "ByClass":
+        """The same metric over the rows that these are the sums of."""
+        counts, size = [round(part) for part in parts], len(self.right)
+        right, found, there = (tuple(counts[start : start + size]) for start in (0, size, 2 * size))
+        return ByClass(self.name, right, found, there, counts[-1])
+
+    def __str__(self) -> str:
+        return "none" if self.value is None else f"{self.value:.1%}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +136,7 @@ class Score:
         main: the one that decides.
     """
 
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Metric | ByClass]
     main: str
 
     def __post_init__(self) -> None:
@@ -89,16 +154,13 @@ class Score:
         return self.metrics[self.main].not_finite
 
     def __add__(self, other: "Score") -> "Score":
-        return Score({name: metric + other.metrics[name] for name, metric in self.metrics.items()}, self.main)
+        summed = {name: metric.of_parts(_sum(metric, other.metrics[name])) for name, metric in self.metrics.items()}
+        return Score(summed, self.main)
 
     def over_ranks(self) -> "Score":
         """The score of all ranks' rows; every rank calls it."""
-        parts = [part for metric in self.metrics.values() for part in (metric.total, metric.n, metric.not_finite)]
-        sums = iter(collectives.sum_scalars(parts))
-        summed = {
-            name: Metric(next(sums), round(next(sums)), round(next(sums)), metric.bounded)
-            for name, metric in self.metrics.items()
-        }
+        sums = iter(collectives.sum_scalars([part for metric in self.metrics.values() for part in metric.parts]))
+        summed = {name: metric.of_parts([next(sums) for _ in metric.parts]) for name, metric in self.metrics.items()}
         return Score(summed, self.main)
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,6 +178,10 @@ class Score:
         others = "".join(f", {name} {metric}" for name, metric in known.items() if name != self.main)
         wrong = f", {self.not_finite} not finite and counted as wrong" if self.not_finite else ""
         return f"{self.metrics[self.main]}{others}, {self.count:,} examples{wrong}"
+
+
+def _sum(one: Metric | ByClass, other: Metric | ByClass) -> list[float]:
+    return [mine + theirs for mine, theirs in zip(one.parts, other.parts, strict=True)]
 
 
 def interval_key(name: str, main: str) -> str:

@@ -1,13 +1,14 @@
 """From rows to examples, and from examples to three splits that share none."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.example import Example
 from mezo_scale.tasks.order import permutation
-from mezo_scale.tasks.rows import GIVEN, read_parts
+from mezo_scale.tasks.rows import read_parts
 from mezo_scale.tasks.tables import Row
 
 
@@ -35,19 +36,91 @@ class Splits(Generic[E]):
 def read_splits(section: TaskSection, make: Callable[[Row], E]) -> Splits[E]:
     """Reads the data, as `read_examples` does, and splits it where it does not come split.
 
+    Data with train and one other part has that one as the test; dev is dealt out of train.
+
     Raises:
-        RecipeError: as `read_examples` does; or there are too few examples.
+        RecipeError: as `read_examples` does; there are too few examples, or all have one label.
     """
-    parts = read_examples(section, make)
-    if len(parts) == 1:
-        return split(parts["all"], section.train, section.dev, section.test, section.split_seed)
-    counts = dict(zip(GIVEN, (section.test, section.dev, section.train), strict=True))
-    drawn = {name: draw(parts[name], count, section.split_seed) for name, count in counts.items()}
-    return Splits(train=drawn["train"], dev=drawn["validation"], test=drawn["test"])
+    parts = dict(read_examples(section, make))
+    test = next((parts.pop(name) for name in ("test", "validation") if name in parts), None)
+    first, *others = parts.values() if len(parts) == 1 else (parts["train"], parts["validation"])
+    _check_labels(first)
+    seed, k = section.split_seed, section.k_per_class
+    if k is not None:
+        found = _few_shot(section, k, first, test, others)
+    elif others:
+        found = Splits(
+            train=draw(first, section.train, seed),
+            dev=draw(others[0], section.dev, seed),
+            test=draw(test or (), section.test, seed),
+        )
+    elif test is None:
+        found = split(first, section.train, section.dev, section.test, seed)
+    else:
+        found = replace(split(first, section.train, section.dev, 0, seed), test=draw(test, section.test, seed))
+    return found
+
+
+def _few_shot(
+    section: TaskSection, k: int, train: Sequence[E], test: Sequence[E] | None, dev: Sequence[Sequence[E]]
+) -> Splits[E]:
+    """k examples of each class for train and for dev; the test is what it is without k."""
+    seed = section.split_seed
+    if test is None:
+        if section.test > len(train):
+            raise RecipeError(
+                f"task.test is {section.test}, but the data has {len(train)} different examples: ask for fewer"
+            )
+        drawn = draw(train, len(train), seed)
+        tested, rest = drawn[: section.test], drawn[section.test :]
+    else:
+        tested, rest = draw(test, section.test, seed), draw(train, len(train), seed)
+    if dev:
+        (trained,), (developed,) = (
+            _of_each_class(section, part, k, 1) for part in (rest, draw(dev[0], len(dev[0]), seed))
+        )
+    else:
+        trained, developed = _of_each_class(section, rest, k, 2)
+    return Splits(train=trained, dev=developed, test=tested)
+
+
+def _of_each_class(section: TaskSection, examples: Sequence[E], k: int, parts: int) -> list[tuple[E, ...]]:
+    """As many parts as asked for, each with k examples of each class, the first ones that are left."""
+    answers = {getattr(example, "candidates", None) for example in examples}
+    classes = answers.pop() if len(answers) == 1 else None
+    if classes is None:
+        raise RecipeError(
+            f"task.k_per_class is {k}, but the rows of task.name={section.name} share no classes: leave it out"
+        )
+    counts = [0] * len(classes)
+    dealt: list[list[E]] = [[] for _ in range(parts)]
+    for example in examples:
+        label: int = example.label  # type: ignore[attr-defined]  # what has candidates has one of them as its label
+        if counts[label] < k * parts:
+            dealt[counts[label] // k].append(example)
+        counts[label] += 1
+    least = min(range(len(classes)), key=counts.__getitem__)
+    if counts[least] < k * parts:
+        raise RecipeError(
+            f"task.k_per_class is {k}, which takes {k * parts} rows of each class, but {classes[least]!r:.40} has "
+            f"{counts[least]} of {len(examples)} outside the test: ask for fewer, or for a smaller task.test"
+        )
+    return [tuple(part) for part in dealt]
+
+
+def _check_labels(train: Sequence[E]) -> None:
+    """Raises RecipeError where there is nothing to tell apart: several examples, and one right answer for all."""
+    right = {(example.candidates, example.label) for example in train if isinstance(example, Example)}
+    if len(right) == 1 and len(train) > 1:
+        candidates, label = right.pop()
+        raise RecipeError(
+            f"task.data: all {len(train)} examples for training have the label of {candidates[label]!r:.40}, "
+            "expected several of the candidates: give data with rows of others"
+        )
 
 
 def read_examples(section: TaskSection, make: Callable[[Row], E]) -> Mapping[str, Sequence[E]]:
-    """All examples in the order of the data: of a folder by the names in GIVEN, else under "all".
+    """All examples in the order of the data: of a folder or the hub by the names in GIVEN, else under "all".
 
     Rows that ask the same count once, so that no split sees another's: of a folder the test part keeps them, then the
     validation part.

@@ -13,6 +13,8 @@ from mezo_scale.tasks.tables import Row
 if TYPE_CHECKING:
     from mezo_scale.tasks.kinds.kind import Kind
 
+SOME_TAKE = ("label_column", "labels", "answer_column")
+
 Pose = Callable[[TaskSection, Row], Any]
 """The example of a row. Raises RecipeError if the row is not what it should be, or the section does not fit."""
 
@@ -39,6 +41,7 @@ class NamedKind:
 
 CHOOSING = NamedKind("candidates", "Candidates", "accuracy")
 WRITING = NamedKind("generation", "Generation", "f1")
+CHATTING = NamedKind("chat", "Chat", "f1")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Task:
         columns: what its data must have.
         pose: how it makes an example of a row; None where it does not read rows.
         objective: what is minimised where a recipe does not say; None: the kind's first.
+        takes: the fields of the recipe's section that only some tasks read (SOME_TAKE), those of them that it does.
     """
 
     load: Callable[[TaskSection], Splits[Any]]
@@ -60,14 +64,21 @@ class Task:
     columns: tuple[str, ...] = ()
     pose: Pose | None = None
     objective: str | None = None
+    takes: tuple[str, ...] = ()
 
     @classmethod
     def of_rows(
-        cls, pose: Pose, kind: NamedKind, about: str, columns: tuple[str, ...], objective: str | None = None
+        cls,
+        pose: Pose,
+        kind: NamedKind,
+        about: str,
+        columns: tuple[str, ...],
+        objective: str | None = None,
+        takes: tuple[str, ...] = (),
     ) -> "Task":
         """A task that makes one example of each row of its data."""
 
         def load(section: TaskSection) -> Splits[Any]:
             return read_splits(section, partial(pose, section))
 
-        return cls(load, kind, about, columns, pose, objective)
+        return cls(load, kind, about, columns, pose, objective, takes)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mezo_scale import tasks
+from tests.support import material
 from tests.support.fixtures import ROOT
 from tests.support.suite import GOLDEN, ROWS, write
 
@@ -78,12 +79,48 @@ def test_with_a_model_the_tokens_are_shown_that_are_scored(run: Run, tmp_path: P
     assert "".join(one["tokens"][0]).replace("Ġ", " ").replace("Ċ", "\n") == " Orla\n"
 
 
+def test_fields_of_the_recipes_task_follow_as_key_and_value(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"text": "the plot is a mess", "mood": "sad"})
+    fields = (
+        "task.template='{text} It was'",
+        "candidates=[' bad', ' good']",
+        "labels=[sad, glad]",
+        "label_column=mood",
+    )
+    code, out, _ = run("tasks", "show", "choice", "--data", path, "--json", *fields)
+    assert code == 0
+    assert json.loads(out) == [{"prompt": "the plot is a mess It was", "candidates": [" bad", " good"], "gold": " bad"}]
+
+
+def test_a_chat_is_shown_as_its_turns_and_with_a_model_as_its_template_has_it(run: Run, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "how is it"}, {"role": "assistant", "content": "dull"}]
+    path = write(tmp_path / "chats.jsonl", {"messages": turns})
+    _, out, _ = run("tasks", "show", "chat", "--data", path)
+    assert "user: how is it\n\n  * 'dull'\n" in out
+    material.chat_tokenizer().save_pretrained(tmp_path / "model")
+    _, out, _ = run("tasks", "show", "chat", "--data", path, "--model", tmp_path / "model", "--json")
+    (one,) = json.loads(out)
+    assert one["prompt"] == "<user>how is it</s>\n<assistant>"
+    assert one["tokens"][0][-1] == "</s>"
+
+
+def test_a_part_that_the_hub_has_not_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [ROWS["rte"] | {"hypothesis": f"Number {n}."} for n in range(2)]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, subset: {"train": rows[:1], "validation": rows[1:]})
+    code, out, err = run("tasks", "show", "rte", "--data", "owner/rte", "--split", "test")
+    assert (code, out) == (2, "")
+    assert err == "error: --split: owner/rte has no test part with labels, expected validation or train\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("rtee", "--data", "data.jsonl"), "task.name: found 'rtee'; did you mean rte?"),
         (("rte", "--data", "absent.jsonl"), "task.data: there is no file absent.jsonl"),
         (("rte", "--data", "data.jsonl"), "line 1 of data.jsonl has no column 'premise' (did you mean 'premises'?)"),
+        (("rte", "--data", "data.jsonl", "task.tempalte=x"), "unknown key task.tempalte; did you mean task.template?"),
+        (("rte", "--data", "data.jsonl", "train.steps=3"), "unknown key train.steps"),
+        (("rte", "--data", "data.jsonl", "task.max_length=many"), "task.max_length: found 'many' (text), expected an"),
         (("rte", "--data", "."), "task.data: . is a folder with no test file"),
         (("cb", "--data", "cb.jsonl", "--model", "./nowhere"), "model.name: the tokenizer of ./nowhere can't be read"),
     ],

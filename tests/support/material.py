@@ -105,6 +105,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """`tokenizer`, with a template: a turn is its role in angle brackets, its content, the end of the text."""
+    chatting = tokenizer()
+    chatting.chat_template = CHAT_TEMPLATE
+    return chatting
+
+
 def build(name: str, seed: int = 0) -> Any:
     """A model with weights large enough that its answers differ from row to row."""
     with torch.random.fork_rng(devices=[]):

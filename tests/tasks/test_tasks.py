@@ -106,8 +106,8 @@ def test_a_folder_without_every_split_or_with_one_twice_is_refused(tmp_path: Pat
 
 def test_rows_of_the_hub_are_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [{"text": "good", "label": 1}, {"text": None, "label": 0}]
-    monkeypatch.setattr("datasets.load_dataset", lambda name, subset, split: found)
-    with pytest.raises(RecipeError, match="row 2 of owner/reviews has no text in text"):
+    monkeypatch.setattr("datasets.load_dataset", lambda name, subset: {"train": found})
+    with pytest.raises(RecipeError, match="row 2 of train of owner/reviews has no text in text"):
         tasks.load(TaskSection(data="owner/reviews"))
 
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,22 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
 from mezo_scale.tasks.example import Example
-from mezo_scale.tasks.kinds.kind import Kind, Objective
+from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs, last_logits
-from mezo_scale.tasks.score import Metric, Score
+from mezo_scale.tasks.reward import Asked, Reward
+from mezo_scale.tasks.score import ByClass, Metric, Score
 
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
     """An example in tokens: prompt + candidates[label] is the sequence a model would have to write; candidates[n] for
-    an n in `also` would be as good."""
+    an n in `also` would be as good. `example` is the same in words."""
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
     label: int
     also: tuple[int, ...] = ()
+    example: Example | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         # Digests are taken of it: a row with one right candidate keeps the one that it always had.
@@ -42,6 +44,18 @@ class Encoded:
     def is_right(self, candidate: int) -> bool:
         """Whether a candidate of this number is one of those that are right."""
         return candidate == self.label or candidate in self.also
+
+    @property
+    def asked(self) -> Asked:
+        """For a reward."""
+        assert self.example is not None, "made by `encode`"
+        right = [text.strip() for n, text in enumerate(self.example.candidates) if self.is_right(n)]
+        return self.example.prompt, tuple(right)
+
+    def text(self, candidate: int) -> str:
+        """The text of a candidate."""
+        assert self.example is not None, "made by `encode`"
+        return self.example.candidates[candidate].strip()
 
     @property
     def length(self) -> int:
@@ -91,7 +105,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
             f"1 and task.max_length ({max_length}) - 2: change the one or the other"
         )
     prompt = shorten(alone[:shared], room, lead, tokenizer)
-    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label, example.also)
+    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label, example.also, example)
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> Batch:
@@ -160,13 +174,31 @@ def language_modeling_loss(model: nn.Module, batch: Batch) -> Tensor:
     return -candidate_scores(model, batch).gather(1, batch["label"][:, None])[:, 0]
 
 
-OBJECTIVES: dict[str, Objective] = {"candidates": candidates_loss, "language_modeling": language_modeling_loss}
+def accuracy_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """0 where the candidate with the best score is right, else 1; NaN where a score is not finite. float32 [rows].
+
+    Args:
+        batch: with `right`, bool [rows, candidates].
+    """
+    scores = candidate_scores(model, batch)
+    right = batch["right"].gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    losses: Tensor = (1 - right.float()).masked_fill(~_sound(scores, batch), math.nan)
+    return losses
+
+
+accuracy_loss.smooth = candidates_loss  # type: ignore[attr-defined]
+
+OBJECTIVES: dict[str, Objective] = {
+    "candidates": candidates_loss,
+    "language_modeling": language_modeling_loss,
+    "accuracy": accuracy_loss,
+}
 
 
 class Candidates(Kind[Encoded, Choice]):
     """A choice among candidates: the one whose tokens have the best mean log-probability; graded by accuracy."""
 
-    objectives = OBJECTIVES
+    metrics = ("accuracy", "macro_f1", "balanced_accuracy")
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises RecipeError for fields that this kind does not take."""
@@ -175,7 +207,14 @@ class Candidates(Kind[Encoded, Choice]):
                 f"task.max_new_tokens is {section.max_new_tokens}, but task.name is {section.name}, whose answers are "
                 "chosen, not written: leave it out"
             )
+        if section.metric in self.metrics[1:] and section.candidates is None:
+            raise RecipeError(
+                f"task.metric is {section.metric}, which needs classes that all rows share: give task.candidates, or "
+                "leave it out"
+            )
         self._tokenizer, self._max_length = tokenizer, section.max_length
+        self._main, self._classes = section.metric, len(section.candidates or ())
+        self.objectives = dict(OBJECTIVES)
 
     def encode(self, example: Example) -> Encoded:
         return encode(example, self._tokenizer, self._max_length)
@@ -187,23 +226,36 @@ class Candidates(Kind[Encoded, Choice]):
         return list(row.candidates)
 
     def collate(self, rows: Sequence[Encoded], objective: str | None = None, max_length: int | None = None) -> Batch:
+        """As `collate`; for other objectives than the losses also `right`, bool [rows, candidates], and, for a reward,
+        `asked` and `texts`, those of the candidates."""
         if objective == "language_modeling":
             rows = [row.gold for row in rows]
-        return collate(rows, self._tokenizer.pad_token_id, max_length or self._max_length)
+        batch = collate(rows, self._tokenizer.pad_token_id, max_length or self._max_length)
+        if objective in ("candidates", "language_modeling"):
+            return batch
+        width = max(len(row.candidates) for row in rows)
+        batch["right"] = torch.tensor([[row.is_right(number) for number in range(width)] for row in rows])
+        if self.reward is not None:
+            batch["asked"] = [row.asked for row in rows]
+            batch["texts"] = [tuple(map(row.text, range(len(row.candidates)))) for row in rows]
+        return batch
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Choice]:
         scores, label = candidate_scores(model, batch), batch["label"]
-        finite = (scores.isfinite() | _filling(batch)).all(1)
-        losses = F.cross_entropy(scores, label, reduction="none").double().masked_fill(~finite, math.nan)
+        losses = F.cross_entropy(scores, label, reduction="none").double()
+        losses = losses.masked_fill(~_sound(scores, batch), math.nan)
         return [Choice(*row) for row in zip(scores.argmax(1).tolist(), losses.tolist(), strict=True)]
 
     def score(self, predictions: Sequence[Choice], rows: Sequence[Encoded]) -> Score:
-        pairs = list(zip(predictions, rows, strict=True))
-        right = [
-            float(row.is_right(found.candidate)) if math.isfinite(found.loss) else math.nan for found, row in pairs
-        ]
-        losses = [found.loss for found in predictions]
-        return Score({"accuracy": Metric.of(right), "loss": Metric.of(losses, bounded=False)}, "accuracy")
+        chosen = [found.candidate if math.isfinite(found.loss) else None for found in predictions]
+        losses = Metric.of([found.loss for found in predictions], bounded=False)
+        graded = self._graded(chosen, rows)
+        return Score({**graded.metrics, "loss": losses}, graded.main)
+
+    def learn_from(self, reward: Reward) -> bool:
+        self.reward = reward
+        self.objectives[reward.name] = Rewarded(reward, self._texts, candidates_loss)
+        return True
 
     def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
         return candidate_scores(model, batch)
@@ -211,7 +263,34 @@ class Candidates(Kind[Encoded, Choice]):
     def baselines(self, train: Sequence[Encoded], test: Sequence[Encoded]) -> dict[str, Score]:
         """What always answering with the train split's most frequent label gives."""
         label, _ = Counter(row.label for row in train).most_common(1)[0]
-        return {"majority": Score({"accuracy": Metric.of([float(row.is_right(label)) for row in test])}, "accuracy")}
+        chosen = [label if label < len(row.candidates) else None for row in test]
+        return {"majority": self._graded(chosen, test)}
+
+    def _texts(self, model: nn.Module, batch: Batch) -> list[str | None]:
+        """The text of each row's best candidate; None where a score is not finite."""
+        return [
+            texts[found.candidate] if math.isfinite(found.loss) else None
+            for found, texts in zip(self.predict(model, batch), batch["texts"], strict=True)
+        ]
+
+    def _graded(self, chosen: Sequence[int | None], rows: Sequence[Encoded]) -> Score:
+        """What these candidates are worth; None where none could be chosen."""
+        pairs = list(zip(chosen, rows, strict=True))
+        right = [math.nan if found is None else float(row.is_right(found)) for found, row in pairs]
+        metrics: dict[str, Metric | ByClass] = {"accuracy": Metric.of(right)}
+        if self._main in ("macro_f1", "balanced_accuracy"):
+            metrics[self._main] = ByClass.of(self._main, chosen, [row.label for row in rows], self._classes)
+        if self.reward is not None:
+            texts = [None if found is None else row.text(found) for found, row in pairs]
+            scores = self.reward.of(texts, [row.asked for row in rows])
+            metrics["reward"] = Metric.of(scores, bounded=False)
+        return Score(metrics, self._main or ("accuracy" if self.reward is None else "reward"))
+
+
+def _sound(scores: Tensor, batch: Batch) -> Tensor:
+    """Whether all scores of a row are finite, but those of candidates that only fill it up: bool [rows]."""
+    sound: Tensor = (scores.isfinite() | _filling(batch)).all(1)
+    return sound
 
 
 def _filling(batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
 from mezo_scale.tasks.example import Question
 from mezo_scale.tasks.kinds.decoding import greedy, reads_ahead
-from mezo_scale.tasks.kinds.kind import Kind, Objective
+from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs
+from mezo_scale.tasks.reward import Asked, Reward
 from mezo_scale.tasks.score import Metric, Score
 
 MAX_NEW_TOKENS = 16
@@ -34,12 +35,19 @@ class EncodedQuestion:
         whole: the prompt, the first right answer and the end of its line, as the tokenizer writes all in one.
         scored: tokens at the end of `whole` that are not the prompt's.
         answers: all texts that are right.
+        text: the prompt, before anything of it was cut off. Digests are taken of the tokens.
     """
 
     prompt: tuple[int, ...]
     whole: tuple[int, ...]
     scored: int
     answers: tuple[str, ...]
+    text: str = field(default="", repr=False)
+
+    @property
+    def asked(self) -> Asked:
+        """For a reward."""
+        return self.text, tuple(answer.strip() for answer in self.answers)
 
 
 class Generation(Kind[EncodedQuestion, str | None]):
@@ -48,6 +56,9 @@ class Generation(Kind[EncodedQuestion, str | None]):
     Objectives: language_modeling, the mean loss on the tokens of the first right answer and the end of its line; f1 and
     exact_match, 1 minus the score of what the model writes.
     """
+
+    metrics = ("f1", "exact_match")
+    _end = "\n"  # is learned with an answer, and ends what is written
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises RecipeError for fields that this kind does not take."""
@@ -59,6 +70,7 @@ class Generation(Kind[EncodedQuestion, str | None]):
         self._tokenizer, self._max_length = tokenizer, section.max_length
         self._max_new_tokens = MAX_NEW_TOKENS if section.max_new_tokens is None else section.max_new_tokens
         self._ending: dict[int, bool] = {}
+        self._main = section.metric
         if self._max_length - self._max_new_tokens < 2:
             raise RecipeError(
                 f"task.max_new_tokens is {self._max_new_tokens}, which leaves no room for a prompt in task.max_length "
@@ -79,14 +91,13 @@ class Generation(Kind[EncodedQuestion, str | None]):
         if not example.answers:
             raise RecipeError(f"task.data: the prompt {example.prompt!r:.60} has no answer, expected at least one")
         answer = example.answers[0]
-        prompt, lead = open_tokens(self._tokenizer, example.prompt)
-        if not prompt or open_tokens(self._tokenizer, example.prompt + answer)[0] == prompt:
+        prompt, lead = self._open(example.prompt)
+        if not prompt or self._open(example.prompt + answer)[0] == prompt:
             raise RecipeError(
                 f"task.data: the prompt {example.prompt!r:.60} or its answer {answer!r:.60} has no tokens of its own "
                 "to this model: leave the row out, or change task.template"
             )
-        # The end of the line is learned with the answer: what is written stops there.
-        whole, _ = open_tokens(self._tokenizer, f"{example.prompt}{answer}\n")
+        whole, _ = self._open(f"{example.prompt}{answer}{self._end}")
         # Where the tokenizer joins the end of the prompt with the answer, what it joins counts as the answer's.
         shared = min(common_prefix([prompt, whole]), len(whole) - 1)
         scored = len(whole) - shared
@@ -98,7 +109,7 @@ class Generation(Kind[EncodedQuestion, str | None]):
             )
         start = shorten(whole[:shared], room, lead, self._tokenizer)
         prompt = shorten(prompt, self._max_length - self._max_new_tokens, lead, self._tokenizer)
-        return EncodedQuestion(tuple(prompt), (*start, *whole[shared:]), scored, example.answers)
+        return EncodedQuestion(tuple(prompt), (*start, *whole[shared:]), scored, example.answers, example.prompt)
 
     def length(self, row: EncodedQuestion) -> int:
         return len(row.prompt)
@@ -110,11 +121,13 @@ class Generation(Kind[EncodedQuestion, str | None]):
         self, rows: Sequence[EncodedQuestion], objective: str | None = None, max_length: int | None = None
     ) -> Batch:
         """Prompts as input_ids and attention_mask, int64 [rows, tokens]; prompts with their answers as whole_ids and
-        whole_mask, int64 [rows, tokens], and scored, bool, true on the answers; answers, each row's right texts."""
+        whole_mask, int64 [rows, tokens], and scored, bool, true on the answers; answers, each row's right texts; asked,
+        for a reward."""
         longest = self._max_length if max_length is None else max_length
         pad_id = self._tokenizer.pad_token_id
         batch: Batch = {"answers": [row.answers for row in rows]}
         if objective != "language_modeling":
+            batch["asked"] = [row.asked for row in rows]
             prompts = [row.prompt for row in rows]
             batch["input_ids"], batch["attention_mask"] = pad_left(prompts, pad_id, longest - self._max_new_tokens)
         whole_ids, whole_mask = pad_left([row.whole for row in rows], pad_id, longest)
@@ -133,7 +146,15 @@ class Generation(Kind[EncodedQuestion, str | None]):
         answers = [row.answers for row in rows]
         metrics = {"f1": Metric.of(best(f1, predictions, answers))}
         metrics["exact_match"] = Metric.of(best(exact_match, predictions, answers))
-        return Score(metrics, "f1")
+        if self.reward is not None:
+            scores = self.reward.of(predictions, [row.asked for row in rows])
+            metrics["reward"] = Metric.of(scores, bounded=False)
+        return Score(metrics, self._main or ("f1" if self.reward is None else "reward"))
+
+    def learn_from(self, reward: Reward) -> bool:
+        self.reward = reward
+        self.objectives[reward.name] = Rewarded(reward, self.predict, self.log_probs)
+        return True
 
     def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean log-probability of the first right answer's tokens, float32 [rows]."""
@@ -143,6 +164,10 @@ class Generation(Kind[EncodedQuestion, str | None]):
         if reads_ahead(model, batch["whole_ids"]):
             return "reads the tokens after a position, as masked language models do, and can't write an answer"
         return None
+
+    def _open(self, text: str) -> tuple[list[int], int]:
+        """A text's tokens, and how many of them the tokenizer puts before it."""
+        return open_tokens(self._tokenizer, text)
 
     def _ends(self, token: int) -> bool:
         """Whether an answer is over at this token: the end of the text, or of the line."""

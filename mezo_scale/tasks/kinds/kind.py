@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mezo_scale.tasks.encoding import Batch
+from mezo_scale.tasks.reward import Asked, Reward
 from mezo_scale.tasks.score import Score
 
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -31,6 +33,23 @@ class Within:
             return self._objective(model, batch)
 
 
+class Rewarded:
+    """The objective that is minus a reward of the texts that the model gives; NaN where it gives none.
+
+    A batch for it has "asked": what `Reward.of` takes, one entry per row.
+    """
+
+    def __init__(
+        self, reward: Reward, texts: Callable[[nn.Module, Batch], list[str | None]], smooth: Objective
+    ) -> None:
+        self._reward, self._texts, self.smooth = reward, texts, smooth
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        asked: Sequence[Asked] = batch["asked"]
+        scores = self._reward.of(self._texts(model, batch), asked)
+        return -torch.tensor(scores, dtype=torch.float32, device=batch["input_ids"].device)
+
+
 Row = TypeVar("Row")
 Prediction = TypeVar("Prediction")
 
@@ -42,9 +61,13 @@ class Kind(Protocol[Row, Prediction]):
 
     Attributes:
         objectives: what can be minimised, by name; the first is the default.
+        metrics: what a recipe can have as the main metric of its scores, by `task.metric`; the first is the default.
+        reward: what it has learned from; None: nothing of the kind.
     """
 
     objectives: Mapping[str, Objective]
+    metrics: Sequence[str] = ()
+    reward: Reward | None = None
 
     def encode(self, example: Any) -> Row:
         """An example of the task in tokens. Raises RecipeError if it does not fit."""
@@ -80,6 +103,11 @@ class Kind(Protocol[Row, Prediction]):
         """Numbers [rows, ...] that change little when the weights or the rounding do: ways of computing a forward pass
         are compared by them."""
         ...
+
+    def learn_from(self, reward: Reward) -> bool:
+        """Takes a reward: it becomes an objective by its name, and a metric of all scores, the main one unless the
+        recipe names another. False where this kind has no texts that could be scored."""
+        return False
 
     def refusal(self, model: nn.Module, batch: Batch) -> str | None:
         """Why this model can't do this kind of task, for a message; None if it can.
