@@ -18,7 +18,7 @@ from mezo_scale.errors import TrajectoryError
 from mezo_scale.noise import VERSION, Noise
 from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import Shard, discover
-from mezo_scale.sharding.fingerprint import frozen_hash, local_hash
+from mezo_scale.sharding.fingerprint import fingerprints as fingerprints_of
 from mezo_scale.trajectory import Header, Trajectory
 
 Progress = Callable[[int, int], None]
@@ -144,11 +144,10 @@ def describe(
     fingerprints: Mapping[str, str] | None = None,
 ) -> Header:
     """The header of a trajectory that starts from the weights as they are now. All ranks must call it."""
-    frozen, complete = frozen_hash(model)
-    total, rest, gaps = collectives.sum_integers([local_hash(writer.layout.shards), frozen, int(not complete)])
+    tuned, frozen = fingerprints_of(model, writer.layout.shards)
     return Header(
         noise_version=VERSION,
-        fingerprint=f"{total % 2**64:016x}",
+        fingerprint=tuned,
         manifest=manifest(writer),
         num_directions=num_directions,
         num_groups=num_groups,
@@ -156,7 +155,7 @@ def describe(
         rounding=writer.rounding,
         seed=seed,
         eps=eps,
-        frozen=None if gaps else f"{rest % 2**64:016x}",
+        frozen=frozen,
         fingerprints=dict(fingerprints) if fingerprints else None,
     )
 
