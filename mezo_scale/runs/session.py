@@ -25,6 +25,7 @@ from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
+from mezo_scale.runs import snapshots
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
@@ -35,6 +36,8 @@ from mezo_scale.runs.report import as_table, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits, prepare
 from mezo_scale.sharding import shards
+from mezo_scale.sharding.frozen import frozen_parameters
+from mezo_scale.sharding.replicas import compare
 from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
 from mezo_scale.tasks.kinds.kind import Within
@@ -47,7 +50,7 @@ def train(recipe: Recipe) -> None:
 
     - All input is checked before anything is written: recipe, layout, model, data, an earlier run.
     - Killed at any point, the same call goes on after the last step whose record reached the disk.
-    - Weights are not saved on the way: the base model and the trajectory are the checkpoint.
+    - The base model and the trajectory are the checkpoint; a snapshot on the way only saves replaying what led to it.
 
     Raises:
         MezoError: for whatever the user can mend.
@@ -87,10 +90,12 @@ class Trainer:
         self.memory = PhaseMemory(world.device)
         if world.ranks:
             self.screen.show(preflight.table(world.ranks))
-        self.loaded = models.load(recipe, world)
+        self.loaded, self.start = snapshots.load(recipe, world, run, self.screen)
+        model, begun = self.loaded.model, self.start.step if self.start else 0
+        compare(shards(model), frozen_parameters(model), begun)
         self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
-        stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
+        stored = sum(shard.local.numel() for shard in shards(model))
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
             f"{self.loaded.strategy.layout}, {world.device.type}"
@@ -107,8 +112,9 @@ class Trainer:
                 results[name] = baseline.as_dict()
             self.screen.say(f"zero-shot {zero_shot.main} on test: {zero_shot}")
         if done:
+            begun, where = (self.start.step, f"snapshot step-{self.start.step}, ") if self.start else (0, "")
             left = self.recipe.train.steps - done
-            self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
+            self.screen.say(f"continuing {self.run.path}: {where}{done - begun} steps are replayed, {left} are left")
         optimizer = self._optimizer()
         assert optimizer.trajectory is not None, "a run keeps a log"
         with optimizer.trajectory:  # no other process writes this directory until the report is there
@@ -155,7 +161,7 @@ class Trainer:
         options = self.recipe.optimizer
         if self.world.rank == 0:
             self.run.create()
-        with self.screen.counting("replaying") as progress:
+        with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
                 lr=options.lr,
@@ -170,6 +176,7 @@ class Trainer:
                 fingerprints=self._fingerprints(),
                 progress=progress,
                 hang_timeout=self.recipe.train.hang_timeout,
+                start=self.start,
             )
 
     def _fingerprints(self) -> dict[str, str]:
@@ -194,6 +201,7 @@ class Trainer:
                 self._infer(optimizer.step_count)
                 while optimizer.step_count < total:
                     self._step(optimizer, metrics, progress, skips)
+                    self._keep(optimizer, progress)
                     if number := interruption.after(optimizer.step_count):
                         self._stop(optimizer.step_count, number)
                 optimizer.check_ranks()
@@ -239,6 +247,16 @@ class Trainer:
             values = {f"dev_{name}": metric.value for name, metric in dev.metrics.items()}
             metrics.log(step + 1, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
             progress.note(f"step {step + 1}: {dev.main} on dev {dev}")
+
+    def _keep(self, optimizer: MeZO, progress: StepProgress) -> None:
+        """After a step: compares the weights among the ranks and saves a snapshot of them, if it is time."""
+        section, step = self.recipe.train, optimizer.step_count
+        compares, saves = (every and step % every == 0 for every in (section.check_every, section.snapshot_every))
+        if compares or saves:
+            optimizer.check_ranks()
+        if saves:
+            with self.memory.phase(CHECKPOINT):
+                progress.note(snapshots.write(optimizer, self.loaded, self.run, section.keep_snapshots))
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
