@@ -32,7 +32,7 @@ from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
-from mezo_scale.runs.report import as_table, results_table, write_report
+from mezo_scale.runs.report import as_table, best_on_dev, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits, prepare
 from mezo_scale.sharding import shards
@@ -128,7 +128,10 @@ class Trainer:
             gc.collect()  # the optimizer's scratch and the last step's batch make room for what rank 0 gathers
             with self.memory.phase(CHECKPOINT):
                 save.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
-        commands, memory = self._commands(), self.memory.all_gib()
+        memory = self.memory.all_gib()
+        best = best_on_dev(self.run, results) if self.world.rank == 0 else None
+        results |= {"best": best} if best else {}
+        commands = self._commands(best)
         if self.world.rank == 0:
             write_report(
                 self.run,
@@ -277,13 +280,17 @@ class Trainer:
             launch = f"{_programs()}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
         return f"{launch} train {shlex.quote(str(self.run.path))}"
 
-    def _commands(self) -> dict[str, str]:
-        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed")
-        base, log, out = (shlex.quote(str(name)) for name in names)
-        return {
+    def _commands(self, best: dict[str, Any] | None) -> dict[str, str]:
+        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed", self.run.path / "best")
+        base, log, out, out_best = (shlex.quote(str(name)) for name in names)
+        replay = f"{_programs()}mezo-scale replay --base {base} --trajectory {log}"
+        commands = {
             "continue this run": f"{self._train_command()} train.steps={2 * self.recipe.train.steps}",
-            "rebuild its weights": f"{_programs()}mezo-scale replay --base {base} --trajectory {log} --out {out}",
+            "rebuild its weights": f"{replay} --out {out}",
         }
+        if best is not None:
+            commands["rebuild those best on dev"] = f"{replay} --until {best['step']} --out {out_best}"
+        return commands
 
 
 def _programs() -> str:
