@@ -143,7 +143,7 @@ class TrainSection(Section):
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")
     snapshot_every: int = Field(
-        1000,
+        500,
         ge=0,
         description="Steps between snapshots, checkpoints in the run directory from which a run goes on without "
         "replaying all of its steps; 0 means never. Bits and results do not depend on them.",
