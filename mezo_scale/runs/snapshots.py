@@ -80,6 +80,7 @@ class Snapshot(BaseModel):
         """Raise a ValueError, in one line, if it is not of this log's past."""
         header = log.header
         expected = {"run_id": header.run_id, "noise_version": VERSION, "rounding": header.rounding}
+        expected |= {"frozen": header.frozen}
         for name, value in expected.items():
             if getattr(self, name) != value:
                 raise ValueError(f"its {name} is {getattr(self, name)}, the run's is {value}")
@@ -156,9 +157,15 @@ def load(recipe: Recipe, world: World, run: RunDirectory, screen: Screen) -> tup
         folder = run.snapshots / f"step-{about.step}"
         loaded = models.load(recipe, world, folder)
         start, frozen = _taken(loaded.model, about, folder)
-        if start.digest == about.digest and (frozen is None or about.frozen in (None, frozen)):
+        pairs = (("weights", start.digest, about.digest), ("frozen weights", frozen, about.frozen))
+        wrong = [
+            f"its {what} have digest {here}, not {there}"
+            for what, here, there in pairs
+            if None not in (here, there) and here != there
+        ]
+        if not wrong:
             return loaded, start
-        screen.say(f"{folder} is passed over: its weights have digest {start.digest}, not {about.digest}")
+        screen.say(f"{folder} is passed over: {wrong[0]}")
         del loaded
         gc.collect()
     return models.load(recipe, world), None

@@ -136,7 +136,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     change("noise_version", 9): "its noise_version is 9, the run's is 1",
     change("rounding", "master"): "its rounding is master, the run's is nearest",
     change("digest", "0" * 16): "its weights have digest ",
-    change("frozen", "0" * 16): "its weights have digest ",
+    change("frozen", "f" * 16): f"its frozen is {'f' * 16}, the run's is ",
 }
 
 
@@ -184,7 +184,7 @@ def test_a_run_that_passes_a_snapshot_over_has_the_bits_all_the_same(
     train(load(run, ["steps=6", "checkpoint=true"]))
     assert "snapshot step-2, 3 steps are replayed, 1 are left" in capsys.readouterr().out
     assert same(weights(run / "checkpoint"), weights(stopped.parent / "whole" / "checkpoint"))
-    assert names(run) == ["step-2", "step-6"]
+    assert names(run) == ["step-4", "step-6"]
 
 
 def test_without_a_good_snapshot_the_base_model_is_taken(
