@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +54,15 @@ def check(recipe: Recipe, world: World) -> None:
     checkpoints.find(recipe.model.name)
 
 
-def load(recipe: Recipe, world: World) -> Loaded:
-    """Loads and shards the model; every rank calls it. Raises ModelError as `check` and `checkpoints.read` do."""
+def load(recipe: Recipe, world: World, weights: Path | None = None) -> Loaded:
+    """Loads and shards the model; every rank calls it. Raises ModelError as `check` and `checkpoints.read` do.
+
+    `weights`: a folder with the same model after some steps, which is read in the place of the recipe's; the tokenizer
+    is the recipe's.
+    """
     section, strategy = recipe.model, _strategy(recipe, world)
-    model = _LOADERS[strategy.name](recipe, strategy, world)
+    source = recipe if weights is None else _renamed(recipe, str(weights.absolute()))
+    model = _LOADERS[strategy.name](source, strategy, world)
     compute: Callable[[], AbstractContextManager[Any]] = nullcontext
     compute_dtype = None
     if strategy.autocasts and section.compute_dtype not in (None, section.dtype):
@@ -65,6 +71,10 @@ def load(recipe: Recipe, world: World) -> Loaded:
         compute = partial(torch.autocast, world.device.type, compute_dtype, cache_enabled=False)
     tokenizer = checkpoints.load_tokenizer(section.name)
     return Loaded(model.eval(), tokenizer, world.device, strategy, compute, compute_dtype)
+
+
+def _renamed(recipe: Recipe, name: str) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": name})})
 
 
 def _load_whole(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:

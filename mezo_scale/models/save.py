@@ -1,7 +1,7 @@
 """Saves a model in any layout as an ordinary Hugging Face checkpoint: parameter by parameter, whole or not at all."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import SharedError
+from mezo_scale.models import low_bits
 from mezo_scale.models.conversion import Piece, names_saved, pieces
 from mezo_scale.models.stream import WeightFiles, sync
+from mezo_scale.sharding import Shard
 from mezo_scale.sharding.discovery import modules
 from mezo_scale.sharding.gather import Gather, stored
 
@@ -21,11 +23,24 @@ T = TypeVar("T")
 MAX_FILE_BYTES = 5_000_000_000
 
 
-def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+def write(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    masters: Sequence[Shard] = (),
+    seal: Callable[[Path], None] | None = None,
+) -> None:
     """Writes weights (safetensors), configuration and tokenizer; every rank calls it.
 
     Rank 0 writes. It holds its shards, one parameter and another rank's part of that; the others hold their shards and
     such a part. The folder is complete or not there: written beside, synced, then renamed. An older one is replaced.
+
+    Args:
+        max_file_bytes: of one file's weights, if it holds more than one.
+        masters: the low halves of masters, which go into a folder in it (see `low_bits`).
+        seal: called on rank 0 with the folder under its temporary name, as the last that is written there.
 
     Raises:
         SharedError: it can't be written, on every rank; an older checkpoint is kept.
@@ -41,7 +56,9 @@ def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: 
     beside = directory.with_name(directory.name + ".partial")
     on_first = partial(_on_first, directory)
     try:
-        files = on_first(lambda: _begin(root, tokenizer, directory, beside, plan, max_file_bytes))
+        files, low = on_first(
+            lambda: _begin(root, tokenizer, directory, beside, plan, low_bits.planned(masters), max_file_bytes)
+        ) or (None, None)
         error: OSError | None = None
         for piece in plan:
             # The others gather with rank 0 to the end: they do not know yet what it can't write.
@@ -49,7 +66,9 @@ def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: 
             if files is not None and error is None:
                 error = _write(files, piece, root, whole)
             del whole
-        on_first(lambda: _finish(files, directory, beside, error))
+        if masters:
+            error = low_bits.write(low if error is None else None, masters) or error
+        on_first(lambda: _finish([part for part in (files, low) if part], directory, beside, error, seal))
     except SharedError:
         if collectives.rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
@@ -57,8 +76,14 @@ def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: 
 
 
 def _begin(
-    root: Any, tokenizer: Any, directory: Path, beside: Path, plan: list[Piece], max_file_bytes: int
-) -> WeightFiles:
+    root: Any,
+    tokenizer: Any,
+    directory: Path,
+    beside: Path,
+    plan: list[Piece],
+    masters: dict[str, Tensor],
+    max_file_bytes: int,
+) -> tuple[WeightFiles, WeightFiles | None]:
     """Everything but the weights."""
     old = _old(directory)
     if old.exists() and not directory.exists():
@@ -67,7 +92,8 @@ def _begin(
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = {name: tensor for piece in plan for name, tensor in piece.targets.items()}
-    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(beside).free
+    size = sum(tensor.nbytes for tensor in (*tensors.values(), *masters.values()))
+    free = shutil.disk_usage(beside).free
     if free < size:
         raise OSError(None, f"it takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
     root.save_pretrained(beside, state_dict={})
@@ -75,7 +101,11 @@ def _begin(
         tokenizer.save_pretrained(beside)
     except Exception as error:  # tokenizers has no type of its own for the system's errors
         raise error if "os error" not in str(error) else OSError(None, str(error)) from None
-    return WeightFiles(beside, tensors, max_file_bytes)
+    files = WeightFiles(beside, tensors, max_file_bytes)
+    if not masters:
+        return files, None
+    (beside / low_bits.FOLDER).mkdir()
+    return files, WeightFiles(beside / low_bits.FOLDER, masters, max_file_bytes)
 
 
 def _write(files: WeightFiles, piece: Piece, root: Any, whole: dict[str, Tensor | None]) -> OSError | None:
@@ -88,12 +118,20 @@ def _write(files: WeightFiles, piece: Piece, root: Any, whole: dict[str, Tensor 
     return None
 
 
-def _finish(files: WeightFiles | None, directory: Path, beside: Path, error: OSError | None) -> None:
-    assert files is not None, "rank 0 has begun them"
+def _finish(
+    parts: list[WeightFiles],
+    directory: Path,
+    beside: Path,
+    error: OSError | None,
+    seal: Callable[[Path], None] | None,
+) -> None:
     if error is not None:
         raise error
-    files.close()
-    sync([*beside.iterdir(), beside])
+    for files in parts:
+        files.close()
+    if seal is not None:
+        seal(beside)
+    sync([*beside.rglob("*"), beside])
     replaces = directory.exists()
     if replaces:
         directory.rename(_old(directory))

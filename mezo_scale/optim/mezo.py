@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +17,16 @@ from mezo_scale.optim import estimators, exchange, groups, rules, saved
 from mezo_scale.optim.batch import Batch
 from mezo_scale.optim.heartbeat import Heartbeat
 from mezo_scale.optim.losses import Evaluator, Objective, UnderWay, Work
+from mezo_scale.optim.opening import Start, take_up_
 from mezo_scale.optim.reads import Reads
-from mezo_scale.optim.replay import Progress, describe, manifest, take_up_
+from mezo_scale.optim.replay import Progress, describe, manifest
 from mezo_scale.optim.rules import Measured
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
-from mezo_scale.sharding import discover
+from mezo_scale.sharding import Shard, discover
 from mezo_scale.sharding.discovery import check_not_hidden
+from mezo_scale.sharding.frozen import frozen_parameters
+from mezo_scale.sharding.replicas import compare
 from mezo_scale.trajectory import StepRecord, Trajectory
 
 PATIENCE_S = 30.0  # that a rank which failed waits for the others, who may be waiting for its part of the weights
@@ -59,6 +61,7 @@ class MeZO(torch.optim.Optimizer):
         hang_timeout: seconds that a step may wait for a rank that has not entered it or no longer answers, or ten times
             the slowest step before it if that is more; then the processes end, and say which rank it is. None: they
             wait as long as the process group does.
+        start: where in an existing trajectory the model's weights stand; None: they are the base weights.
 
     Raises:
         ValueError: a number or a word that is none of these; num_directions besides an estimator with another number.
@@ -86,6 +89,7 @@ class MeZO(torch.optim.Optimizer):
         rule: rules.Rule | None = None,
         progress: Progress | None = None,
         hang_timeout: float | None = 600.0,
+        start: Start | None = None,
     ) -> None:
         saved.check_options(lr, eps, weight_decay, seed)
         self._estimator = estimators.chosen(estimator, num_directions)
@@ -94,9 +98,7 @@ class MeZO(torch.optim.Optimizer):
         given = params if params is not None else [{"params": groups.listed(view.layout)}]
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
         self.model = model
-        self.eps = eps
-        self.seed = seed
-        self.step_count = 0
+        self.eps, self.seed, self.step_count = eps, seed, 0
         self.last_record: StepRecord | None = None
         self._dtype, self._paired = dtype, paired
         self._under_way: UnderWay | None = None
@@ -108,8 +110,14 @@ class MeZO(torch.optim.Optimizer):
         numbers = groups.numbers(self.param_groups, view.layout, {})
         self._writer = Writer(view.layout, numbers, rounding=rounding, noise=view.weights.noise)
         self._reads = Reads([shard.name for shard in view.layout.shards])
-        self.trajectory = None if trajectory is None else self._open(trajectory, fingerprints, progress)
-        if self.last_record is not None:
+        self.trajectory: Trajectory | None = None
+        if trajectory is not None:
+            kind = (self.num_directions * self._rule.window, len(self.param_groups), seed, eps, fingerprints)
+            header = describe(model, self._writer, *kind, self._estimator.name, rules.described(self._rule))
+            self.trajectory = take_up_(trajectory, header, self._writer, progress, start)
+            self.step_count = len(self.trajectory)
+        if self.trajectory:
+            self.last_record = self.trajectory[-1]
             self._reads.take_up(self.last_record.unread)
             self._past = rules.past(self.last_record, self._rule, self.num_directions)
         self._publish()
@@ -212,9 +220,14 @@ class MeZO(torch.optim.Optimizer):
         return record.loss
 
     def check_ranks(self) -> None:
-        """Raise a RankError that names a rank whose last record is another one; every rank calls it after a run."""
+        """Raise a RankError that names a rank whose last record or copy of a weight is another; all ranks call it."""
         with self._heartbeat.inside(self.step_count):
             exchange.compare(self.step_count, self.last_record)
+            compare(self._writer.stored(), frozen_parameters(self.model), self.step_count)
+
+    def low_bits(self) -> list[Shard]:
+        """Under rounding "master" what a checkpoint must hold besides the weights, as int16 shards; else none."""
+        return self._writer.low_bits()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's: tune parameters that were unfrozen or added to the model with a learning rate of their own.
@@ -334,15 +347,3 @@ class MeZO(torch.optim.Optimizer):
         grads = tuple(self._estimator.gradients(losses, under_way.eps))
         window = [Measured(under_way.seeds, grads), *self._past]
         return rules.record(step, self._rule, window, self.param_groups, sum(losses) / len(losses), self._reads.unread)
-
-    def _open(
-        self, path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None, progress: Progress | None
-    ) -> Trajectory:
-        """Start a log, or take up the one that is there."""
-        kind = (self.num_directions * self._rule.window, len(self.param_groups), self.seed, self.eps)
-        header = describe(self.model, self._writer, *kind, fingerprints)
-        header = replace(header, estimator=self._estimator.name, rule=rules.described(self._rule))
-        trajectory = take_up_(path, header, self._writer, progress)
-        self.step_count = len(trajectory)
-        self.last_record = trajectory[-1] if trajectory else None
-        return trajectory

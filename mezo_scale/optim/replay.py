@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from mezo_scale.errors import TrajectoryError
 from mezo_scale.noise import VERSION, Noise
 from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import Shard, discover
-from mezo_scale.sharding.fingerprint import frozen_hash, local_hash
+from mezo_scale.sharding.fingerprint import fingerprint
+from mezo_scale.sharding.fingerprint import fingerprints as fingerprints_of
 from mezo_scale.trajectory import Header, Trajectory
 
 Progress = Callable[[int, int], None]
@@ -50,17 +49,42 @@ def replay(
     """
     if not isinstance(trajectory, Trajectory):
         trajectory = load(trajectory)
-    header = trajectory.header
-    layout = discover(model)
-    groups = {name: group for name, _, _, group, _ in header.manifest}
-    writer = Writer(layout, groups, rounding=header.rounding, noise=Noise(header.distribution))
-    here = describe(model, writer, header.num_directions, header.num_groups, header.seed, header.eps)
-    header.check_same(replace(here, estimator=header.estimator, rule=header.rule), "the trajectory")
-    if until is not None and not 0 <= until <= len(trajectory):
-        raise TrajectoryError(
-            f"until is {until}, but the trajectory has {len(trajectory)} steps: expected 0 to {len(trajectory)}"
-        )
-    return apply_all_(writer, trajectory, len(trajectory) if until is None else until, progress)
+    return Replay(model, trajectory).to(len(trajectory) if until is None else until, progress=progress)
+
+
+class Replay:
+    """A base model on its way through a run. Arguments and errors as of `replay`.
+
+    Attributes:
+        step: steps applied so far.
+    """
+
+    def __init__(self, model: nn.Module, trajectory: Trajectory) -> None:
+        header = trajectory.header
+        layout = discover(model)
+        groups = {name: group for name, _, _, group, _ in header.manifest}
+        self._writer = Writer(layout, groups, rounding=header.rounding, noise=Noise(header.distribution))
+        self._trajectory = trajectory
+        self.step = 0
+        numbers = (header.num_directions, header.num_groups, header.seed, header.eps)
+        here = describe(model, self._writer, *numbers, estimator=header.estimator, rule=header.rule)
+        header.check_same(here, "the trajectory")
+
+    def to(self, step: int, *, progress: Progress | None = None) -> int:
+        """Go on to where `step` steps are applied. Returns it. Raises TrajectoryError: there are not so many, or more
+        are applied already."""
+        count = len(self._trajectory)
+        if not self.step <= step <= count:
+            raise TrajectoryError(
+                f"until is {step}, but the trajectory has {count} steps: expected {self.step} to {count}"
+            )
+        apply_all_(self._writer, self._trajectory, self.step, step, progress)
+        self.step = step
+        return step
+
+    def digest(self) -> str:
+        """The `fingerprint` of the tuned weights and their low bits as they are now. Every rank calls it."""
+        return fingerprint(self._writer.stored())
 
 
 def load(path: str | os.PathLike[str]) -> Trajectory:
@@ -78,60 +102,13 @@ def load(path: str | os.PathLike[str]) -> Trajectory:
         return Trajectory.parse(data, str(path))
 
 
-def take_up_(path: str | os.PathLike[str], header: Header, writer: Writer, progress: Progress | None) -> Trajectory:
-    """The log of a run, its steps applied; if that fails, the file is free again. Errors as of `_taken_up`."""
-    trajectory = _taken_up(path, header)
-    with ExitStack() as undo:
-        undo.callback(trajectory.release)
-        apply_all_(writer, trajectory, len(trajectory), progress)
-        undo.pop_all()
-    return trajectory
-
-
-def _taken_up(path: str | os.PathLike[str], header: Header) -> Trajectory:
-    """The log of a run that is described by `header`: the one that is there, or a new one. Rank 0 writes it.
-
-    Every rank calls it, and gets the same error if rank 0 can't have the file: it is damaged, another run's, or
-    another process writes it.
-    """
-    if not collectives.is_distributed():
-        return _mine(path, header)
-    kept: list[Trajectory] = []
-
-    def begin() -> bytes:
-        kept.append(_mine(path, header))
-        return Path(path).read_bytes()
-
-    data = collectives.from_first_rank(begin)
-    if kept:
-        return kept[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trajectory = Trajectory.parse(data, str(path))
-    trajectory.header.check_same(header, str(path))
-    return trajectory
-
-
-def _mine(path: str | os.PathLike[str], header: Header) -> Trajectory:
-    if not os.path.lexists(path):
-        return Trajectory.create(path, header)
-    trajectory = Trajectory.open(path, append=True)
-    try:
-        trajectory.header.check_same(header, str(path))
-    except TrajectoryError:
-        trajectory.release()
-        raise
-    return trajectory
-
-
-def apply_all_(writer: Writer, trajectory: Trajectory, until: int, progress: Progress | None) -> int:
-    """The first ``until`` records, a chunk at a time."""
-    for start in range(0, until, _CHUNK):
+def apply_all_(writer: Writer, trajectory: Trajectory, first: int, until: int, progress: Progress | None) -> None:
+    """The records from ``first`` up to ``until``, a chunk at a time; progress counts those."""
+    for start in range(first, until, _CHUNK):
         stop = min(start + _CHUNK, until)
         writer.apply_(trajectory[start:stop])
         if progress is not None:
-            progress(stop, until)
-    return until
+            progress(stop - first, until - first)
 
 
 def describe(
@@ -142,13 +119,14 @@ def describe(
     seed: int,
     eps: float,
     fingerprints: Mapping[str, str] | None = None,
+    estimator: str = "spsa",
+    rule: str = "sgd",
 ) -> Header:
     """The header of a trajectory that starts from the weights as they are now. All ranks must call it."""
-    frozen, complete = frozen_hash(model)
-    total, rest, gaps = collectives.sum_integers([local_hash(writer.layout.shards), frozen, int(not complete)])
+    tuned, frozen = fingerprints_of(model, writer.layout.shards)
     return Header(
         noise_version=VERSION,
-        fingerprint=f"{total % 2**64:016x}",
+        fingerprint=tuned,
         manifest=manifest(writer),
         num_directions=num_directions,
         num_groups=num_groups,
@@ -156,8 +134,10 @@ def describe(
         rounding=writer.rounding,
         seed=seed,
         eps=eps,
-        frozen=None if gaps else f"{rest % 2**64:016x}",
+        frozen=frozen,
         fingerprints=dict(fingerprints) if fingerprints else None,
+        estimator=estimator,
+        rule=rule,
     )
 
 

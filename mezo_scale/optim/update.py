@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mezo_scale.errors import ShardingError
-from mezo_scale.noise import NORMAL, Noise, write_
+from mezo_scale.noise import NORMAL, Noise, param_id, write_
 from mezo_scale.sharding import Layout, Shard
 from mezo_scale.sharding.state import as_state, copy_, fits
 from mezo_scale.trajectory import StepRecord
@@ -66,6 +67,26 @@ class Writer:
             stored = torch.zeros(sum(sizes), dtype=torch.int16, device=device)
             self.state[param] = as_state(param, stored)
             self.remainders.update(zip((shard.name for shard in shards), stored.split(sizes), strict=True))
+
+    def low_bits(self) -> list[Shard]:
+        """The low halves of the masters as shards, int16, under names of their own; none under another rounding."""
+        found = ((shard, self.remainders.get(shard.name)) for shard in self.layout.shards)
+        return [low_bits_of(shard, low) for shard, low in found if low is not None]
+
+    def stored(self) -> list[Shard]:
+        """All that this rank stores of what is tuned: weights, and the low halves of their masters."""
+        return [*self.layout.shards, *self.low_bits()]
+
+    def take_low_bits_(self, values: Mapping[str, Tensor]) -> None:
+        """Put saved low halves in place, int16 by shard name. Raises ShardingError: they are of other shards."""
+        sizes = {name: low.numel() for name, low in self.remainders.items()}
+        if sizes != {name: value.numel() for name, value in values.items()}:
+            raise ShardingError(
+                f"the low bits that were saved are those of {len(values)} shards, but rounding {self.rounding!r} keeps "
+                f"{len(sizes)} here: start from the base model"
+            )
+        for name, low in self.remainders.items():
+            low.copy_(values[name])
 
     def take_over_(self, other: Writer) -> None:
         """Go on with the masters of a writer of the same model, looked at earlier.
@@ -135,6 +156,12 @@ class Writer:
                 else "nearest",
                 noise=self.noise,
             )
+
+
+def low_bits_of(shard: Shard, low: Tensor) -> Shard:
+    """The low half of a shard's master as a shard: the same elements, `low` of them, under a name of its own."""
+    name = f"{shard.name}.low_bits"
+    return replace(shard, name=name, param_id=param_id(name), local=low, paged=None)
 
 
 def _same_storage(one: Shard, other: Shard) -> bool:

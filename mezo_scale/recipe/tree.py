@@ -168,6 +168,21 @@ class TrainSection(Section):
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")
+    snapshot_every: int = Field(
+        500,
+        ge=0,
+        description="Steps between snapshots, checkpoints in the run directory from which a run goes on without "
+        "replaying all of its steps; 0 means never. Bits and results do not depend on them.",
+    )
+    keep_snapshots: int = Field(
+        2, ge=1, description="Snapshots that stay; for a moment there is one more. Each takes what a checkpoint does."
+    )
+    check_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between comparisons of the weights among ranks that hold the same ones; 0 means only at the "
+        "start, before a snapshot and at the end.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between lines of progress where there is no terminal.")
     max_skipped: int = Field(
         10,
@@ -265,10 +280,11 @@ def dump(recipe: Recipe) -> str:
 def differences(recorded: Recipe, asked: Recipe) -> list[str]:
     """What keeps `asked` from continuing a run of `recorded`: "key: recorded, now asked", empty if nothing does.
 
-    Free are where the weights lie, what is written, how often is reported, when the run gives up, how the batch is cut
-    up, and how many steps there are (a linear schedule then goes on along the line of the new length).
+    Free are where the weights lie, what is written, how often is reported and compared, when the run gives up, how the
+    batch is cut up, and how many steps there are (a linear schedule then goes on along the line of the new length).
     """
-    names = ("steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped", "hang_timeout")
+    names = ["steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped", "hang_timeout"]
+    names += ["snapshot_every", "keep_snapshots", "check_every"]
     free = {f"train.{name}" for name in names}
     before, after = recorded.model_dump(), asked.model_dump()
     return [

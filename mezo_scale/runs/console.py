@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,6 +14,7 @@ from rich.table import Table
 from mezo_scale.distributed.world import World
 
 _RECENT = 20  # steps that the shown rate is the mean of
+_LINE_EVERY_S = 30.0
 
 
 class Screen:
@@ -40,15 +41,35 @@ class Screen:
             yield StepProgress(self, bar, done, total, log_every)
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Any]:
-        """Progress over something short, on terminals only: yields a function (done, total)."""
+    def counting(self, what: str, unit: str = "") -> Iterator[Any]:
+        """Progress over something short: yields a function (done, total). With a `unit` the rate is shown as well, and
+        elsewhere than on a terminal a line every half minute, and one at the end."""
+        start = time.perf_counter()
+
+        def rate(done: int) -> str:
+            return f"{done / max(time.perf_counter() - start, 1e-9):.1f} {unit}/s" if unit else ""
+
         if not self._console.is_terminal:
-            yield lambda done, total: None
+            yield _Lines(self, what, rate) if unit else lambda done, total: None
             return
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         with Progress(*columns, console=self._console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            task = bar.add_task(what, total=None, rate="")
+            yield lambda done, total: bar.update(task, completed=done, total=total, rate=rate(done))
+
+
+class _Lines:
+    """Progress as plain lines: called with (done, total)."""
+
+    def __init__(self, screen: Screen, what: str, rate: Callable[[int], str]) -> None:
+        self._screen, self._what, self._rate = screen, what, rate
+        self._last = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if done == total or now - self._last >= _LINE_EVERY_S:
+            self._last = now
+            self._screen.say(f"{self._what}: {done}/{total}, {self._rate(done)}")
 
 
 class StepProgress:

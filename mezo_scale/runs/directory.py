@@ -51,6 +51,10 @@ class RunDirectory:
         return self.path / "checkpoint"
 
     @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
+
+    @property
     def plot(self) -> Path:
         return self.path / "loss_accuracy.png"
 
@@ -125,7 +129,15 @@ class RunDirectory:
         Raises:
             RecipeError: it holds something of the kind, a user's or that of a run whose trajectory is gone.
         """
-        results = (self.checkpoint, self.report, self.evaluation, self.metrics, self.environment, self.plot)
+        results = (
+            self.checkpoint,
+            self.snapshots,
+            self.report,
+            self.evaluation,
+            self.metrics,
+            self.environment,
+            self.plot,
+        )
         found = [path.name for path in results if path.exists()]
         if not found and self.recipe.exists() and not self._recipe_is_resolved():
             found = [self.recipe.name]

@@ -26,13 +26,26 @@ def results_table(results: Mapping[str, Any]) -> list[list[str]]:
     header = ["test split", *(cell for name in shown for cell in (name, "95% interval")), "examples"]
     ends = [key for key in ("zero_shot", "tuned") if key in results]
     rows = [header]
-    for key in [*(key for key in results if key not in ends), *ends]:
+    for key in [*(key for key in results if key not in (*ends, "best")), *ends]:
         found = results[key]
         title = _TITLES.get(key, key.replace("_", " "))
         count = f"{found['count']:,}" + (f", {found['not_finite']:,} not finite" if found.get("not_finite") else "")
         cells = (cell for name in shown for cell in _cells(found, name, main))
         rows.append([f"{title}, {_steps(found)}" if key == "tuned" else title, *cells, count])
     return rows
+
+
+def best_on_dev(run: RunDirectory, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The step after which the main metric on dev was best: {"step", "metric", "value"}; of several the first.
+
+    None where dev was never evaluated, or more of the metric is not better.
+    """
+    main = main_metric(results["tuned"])
+    found = [line for line in run.read_metrics() if isinstance(line.get(f"dev_{main}"), int | float)]
+    if not found or interval_key(main, main) not in results["tuned"]:
+        return None
+    best = max(found, key=lambda line: (line[f"dev_{main}"], -line["step"]))
+    return {"step": best["step"], "metric": main, "value": best[f"dev_{main}"]}
 
 
 def main_metric(found: Mapping[str, Any]) -> str:
@@ -113,6 +126,8 @@ def _steps(tuned: Mapping[str, Any]) -> str:
 
 def _explanations(results: Mapping[str, Any]) -> list[str]:
     lines = []
+    if best := results.get("best"):
+        lines += [f"On dev the {best['metric']} was best after step {best['step']}: {best['value']:.1%}.", ""]
     if any(found.get("not_finite") for found in results.values()):
         lines += ["Examples whose scores are not finite count as wrong, and there is no mean loss over them.", ""]
     if results["tuned"].get("skipped"):

@@ -25,7 +25,7 @@ from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
-from mezo_scale.runs import trackers
+from mezo_scale.runs import snapshots, trackers
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
@@ -33,10 +33,12 @@ from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.rehearsal import rehearse
-from mezo_scale.runs.report import as_table, results_table, write_report
+from mezo_scale.runs.report import as_table, best_on_dev, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.sharding import shards
+from mezo_scale.sharding.frozen import frozen_parameters
+from mezo_scale.sharding.replicas import compare
 from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
 from mezo_scale.tasks.kinds.kind import Within
@@ -49,7 +51,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     - All input is checked before anything is written: recipe, layout, model, data, an earlier run.
     - Killed at any point, the same call goes on after the last step whose record reached the disk.
-    - Weights are not saved on the way: the base model and the trajectory are the checkpoint.
+    - The base model and the trajectory are the checkpoint; a snapshot on the way only saves replaying what led to it.
     - With `dry_run` it ends before the first step, shows what it would do, and has written nothing.
 
     Raises:
@@ -96,10 +98,12 @@ class Trainer:
         self.memory = PhaseMemory(world.device)
         if world.ranks:
             self.screen.show(preflight.table(world.ranks))
-        self.loaded = models.load(recipe, world)
+        self.loaded, self.start = snapshots.load(recipe, world, run, self.screen)
+        model, begun = self.loaded.model, self.start.step if self.start else 0
+        compare(shards(model), frozen_parameters(model), begun)
         self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
-        stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
+        stored = sum(shard.local.numel() for shard in shards(model))
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
             f"{self.loaded.strategy.layout}, {world.device.type}"
@@ -132,8 +136,9 @@ class Trainer:
                 results[name] = baseline.as_dict()
             self.screen.say(f"zero-shot {zero_shot.main} on test: {zero_shot}")
         if done:
+            begun, where = (self.start.step, f"snapshot step-{self.start.step}, ") if self.start else (0, "")
             left = self.recipe.train.steps - done
-            self.screen.say(f"continuing {self.run.path}: {done} steps are replayed, {left} are left")
+            self.screen.say(f"continuing {self.run.path}: {where}{done - begun} steps are replayed, {left} are left")
         optimizer = self._optimizer()
         assert optimizer.trajectory is not None, "a run keeps a log"
         with optimizer.trajectory:  # no other process writes this directory until the report is there
@@ -147,7 +152,10 @@ class Trainer:
             gc.collect()  # the optimizer's scratch and the last step's batch make room for what rank 0 gathers
             with self.memory.phase(CHECKPOINT):
                 save.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
-        commands, memory = self._commands(), self.memory.all_gib()
+        memory = self.memory.all_gib()
+        best = best_on_dev(self.run, results) if self.world.rank == 0 else None
+        results |= {"best": best} if best else {}
+        commands = self._commands(best)
         if self.world.rank == 0:
             write_report(
                 self.run,
@@ -180,7 +188,7 @@ class Trainer:
         options = self.recipe.optimizer
         if self.world.rank == 0:
             self.run.create()
-        with self.screen.counting("replaying") as progress:
+        with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
                 lr=options.lr,
@@ -195,6 +203,7 @@ class Trainer:
                 fingerprints=self._fingerprints(),
                 progress=progress,
                 hang_timeout=self.recipe.train.hang_timeout,
+                start=self.start,
             )
 
     def _fingerprints(self) -> dict[str, str]:
@@ -222,6 +231,7 @@ class Trainer:
                 self._infer(optimizer.step_count)
                 while optimizer.step_count < total:
                     self._step(optimizer, metrics, progress, skips)
+                    self._keep(optimizer, progress)
                     if number := interruption.after(optimizer.step_count):
                         self._stop(optimizer.step_count, number)
                 optimizer.check_ranks()
@@ -267,6 +277,16 @@ class Trainer:
             metrics.log(step + 1, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
             progress.note(f"step {step + 1}: {dev.main} on dev {dev}")
 
+    def _keep(self, optimizer: MeZO, progress: StepProgress) -> None:
+        """After a step: compares the weights among the ranks and saves a snapshot of them, if it is time."""
+        section, step = self.recipe.train, optimizer.step_count
+        compares, saves = (every and step % every == 0 for every in (section.check_every, section.snapshot_every))
+        if compares or saves:
+            optimizer.check_ranks()
+        if saves:
+            with self.memory.phase(CHECKPOINT):
+                progress.note(snapshots.write(optimizer, self.loaded, self.run, section.keep_snapshots))
+
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
         recipe, examples = self.recipe, self.splits.train
@@ -291,13 +311,17 @@ class Trainer:
             launch = f"{_programs()}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
         return f"{launch} train {shlex.quote(str(self.run.path))}"
 
-    def _commands(self) -> dict[str, str]:
-        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed")
-        base, log, out = (shlex.quote(str(name)) for name in names)
-        return {
+    def _commands(self, best: dict[str, Any] | None) -> dict[str, str]:
+        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed", self.run.path / "best")
+        base, log, out, out_best = (shlex.quote(str(name)) for name in names)
+        replay = f"{_programs()}mezo-scale replay --base {base} --trajectory {log}"
+        commands = {
             "continue this run": f"{self._train_command()} train.steps={2 * self.recipe.train.steps}",
-            "rebuild its weights": f"{_programs()}mezo-scale replay --base {base} --trajectory {log} --out {out}",
+            "rebuild its weights": f"{replay} --out {out}",
         }
+        if best is not None:
+            commands["rebuild those best on dev"] = f"{replay} --until {best['step']} --out {out_best}"
+        return commands
 
 
 def _programs() -> str:

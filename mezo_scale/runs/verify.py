@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.models import checkpoints
-from mezo_scale.optim.replay import replay
+from mezo_scale.optim.replay import Replay
 from mezo_scale.recipe import Recipe
+from mezo_scale.runs import snapshots
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.publish import stored_dtype
@@ -29,14 +31,22 @@ def verify(recipe: Recipe) -> Iterator[str]:
     yield f"{run.trajectory}: {len(records)} steps ({skipped} skipped), {size:,} bytes, every checksum right"
     checkpoints.find(recipe.model.name)
     model = checkpoints.read(recipe.model.name, stored_dtype(records))
-    replay(model, records, until=0)
+    replay = Replay(model, records)
     yield f"{recipe.model.name}: the base model that the run began with (fingerprint {records.header.fingerprint})"
-    if not run.checkpoint.is_dir():
-        return
-    step = run.read_evaluation().get("tuned", {}).get("step", len(records))
-    with Screen(World.from_environment()).counting("replaying") as progress:
-        replay(model, records, step, progress=progress)
-    saved = checkpoints.read(str(run.checkpoint), stored_dtype(records)).state_dict()
+    graded = 0
+    if run.checkpoint.is_dir():
+        graded = run.read_evaluation().get("tuned", {}).get("step", len(records))
+        yield from snapshots.check_all(run, replay, records, range(1, graded + 1))
+        yield _check_checkpoint(run, model, replay, graded)
+    yield from snapshots.check_all(run, replay, records, range(graded + 1, len(records) + 1))
+    if graded < len(records):
+        _replay(replay, len(records))
+        yield f"the weights have the digest {replay.digest()} after {len(records)} replayed steps"
+
+
+def _check_checkpoint(run: RunDirectory, model: nn.Module, replay: Replay, step: int) -> str:
+    _replay(replay, step)
+    saved = checkpoints.read(str(run.checkpoint), next(model.parameters()).dtype).state_dict()
     rebuilt = model.state_dict()
     different = [name for name in rebuilt if name not in saved or not torch.equal(rebuilt[name], saved[name])]
     if different:
@@ -44,4 +54,9 @@ def verify(recipe: Recipe) -> Iterator[str]:
             f"{run.checkpoint} is not what the trajectory gives after {step} steps: {len(different)} of {len(rebuilt)} "
             f"weights differ, {different[0]} for one; replay the trajectory to have the right ones"
         )
-    yield f"{run.checkpoint}: bit for bit what {step} replayed steps give"
+    return f"{run.checkpoint}: bit for bit what {step} replayed steps give"
+
+
+def _replay(replay: Replay, step: int) -> None:
+    with Screen(World.from_environment()).counting("replaying") as progress:
+        replay.to(step, progress=progress)

@@ -26,6 +26,11 @@ def frozen(model: nn.Module) -> tuple[list[Shard], list[str]]:
     return held, unknown
 
 
+def frozen_parameters(model: nn.Module) -> list[Shard]:
+    """What this rank stores of a model's frozen weights, without saved buffers and kinds of storage not known."""
+    return [stored for _, stored, _ in _parameters(model) if stored is not None]
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Shard | None, str]]:
     """(name, what is stored of it if that is known, type) of every frozen parameter."""
     seen: set[object] = set()

@@ -84,6 +84,11 @@ class Chain:
         return trailer
 
 
+def chain_of(sealed: bytes) -> int:
+    """The chain value of the last of some sealed records."""
+    return int.from_bytes(sealed[-_TRAILER:-4], "little")
+
+
 def pack_step(header: Header, record: StepRecord, before: tuple[int, ...], synced: int) -> list[bytes]:
     """The records of a step, not yet sealed.
 

@@ -117,7 +117,17 @@ class Trajectory(Sequence[StepRecord]):
             self._write(bodies)
             self._file.closed = False
         self.steps.append(record)
+        if self._file is not None:
+            self.steps.rows["chain"][-1] = self._file.chain
         self._failed = ""
+
+    def chain(self, steps: int) -> str | None:
+        """The chain value behind the first so many steps (one or more), 16 hexadecimal digits: it stands for all that
+        the file held then. None where there is none: in other formats, and of steps that another rank wrote down."""
+        if "chain" not in (self.steps.rows.dtype.names or ()):
+            return None
+        value = int(self.steps.rows["chain"][steps - 1])
+        return f"{value:016x}" if value else None
 
     def export(self, path: str | os.PathLike[str]) -> int:
         """Write the compact form, from which a replay gives the same bits; `open` reads it. Returns its bytes.
@@ -194,7 +204,7 @@ class _File:
     def __init__(
         self, path: str | os.PathLike[str], lock: Lock, begun: bytes, size: int, records: int, closed: bool
     ) -> None:
-        self.records, self.closed = records, closed
+        self.records, self.closed, self.chain = records, closed, 0
         self._path, self._lock = Path(path), lock
         self._end, self._torn = len(begun), size - len(begun)
         self._chain = codec.Chain(begun)
@@ -213,6 +223,7 @@ class _File:
             raise
         self._end += len(data)
         self.records += len(bodies)
+        self.chain = codec.chain_of(data)
 
     def _make_ready(self) -> None:
         """Before the first append: a torn end is kept beside, and what the file holds is on the disk for certain."""

@@ -48,7 +48,10 @@ def test_a_run_leaves_behind_all_that_it_promises(make_recipe: MakeRecipe, capsy
     assert [record.loss for record in records] == [line["loss"] for line in lines if "loss" in line]
 
     results = json.loads((run / "evaluation.json").read_text())
-    assert results.keys() == {"zero_shot", "majority", "tuned"}
+    assert results.keys() == {"zero_shot", "majority", "tuned", "best"}
+    dev = {line["step"]: line["dev_accuracy"] for line in lines if "dev_accuracy" in line}
+    best = results.pop("best")
+    assert best == {"step": max(dev, key=dev.__getitem__), "metric": "accuracy", "value": max(dev.values())}
     for found in results.values():
         low, high = found["interval_95"]
         assert found["count"] == 32
@@ -62,6 +65,8 @@ def test_a_run_leaves_behind_all_that_it_promises(make_recipe: MakeRecipe, capsy
     assert list((run / "tensorboard").iterdir())
     report = (run / "report.md").read_text()
     assert f"| zero-shot | {results['zero_shot']['accuracy']:.1%} |" in report
+    assert f"On dev the accuracy was best after step {best['step']}: {best['value']:.1%}." in report
+    assert f"trajectory.mezo --until {best['step']} --out {run / 'best'}" in report
     assert not list(run.rglob("*.partial"))
 
     shown = capsys.readouterr().out

@@ -310,3 +310,21 @@ def test_what_differs_is_said(change: dict[str, object], message: str) -> None:
 
 def test_two_runs_of_the_same_settings_fit_each_other() -> None:
     header(run_id="1" * 32, fingerprints={"data": "11"}).check_same(header(run_id=None), "run.mezo")
+
+
+def test_the_chain_value_behind_a_step_is_the_same_while_writing_and_when_read_and_of_one_run_alone(
+    tmp_path: pathlib.Path,
+) -> None:
+    log = Trajectory.create(tmp_path / "one", replace(MANY, run_id=None))
+    for step in range(4):
+        log.append(record(step, unread=(step,)))
+    log.close()
+    found = [log.chain(steps) for steps in (1, 2, 3, 4)]
+    assert found == [Trajectory.open(tmp_path / "one").chain(steps) for steps in (1, 2, 3, 4)]
+    assert None not in found
+    assert len(set(found)) == 4
+    other = Trajectory.create(tmp_path / "other", replace(MANY, run_id=None))
+    other.append(record(0, unread=(0,)))
+    assert other.chain(1) != found[0]
+    Trajectory.open(tmp_path / "one").export(tmp_path / "export")
+    assert Trajectory.open(tmp_path / "export").chain(1) is None
