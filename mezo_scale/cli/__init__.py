@@ -9,6 +9,7 @@ from mezo_scale.cli import (  # noqa: F401  registers them
     bench,
     evaluate,
     export,
+    merge,
     plan,
     recipe,
     replay,

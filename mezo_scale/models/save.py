@@ -1,4 +1,7 @@
-"""Saves a model in any layout as an ordinary Hugging Face checkpoint: parameter by parameter, whole or not at all."""
+"""Saves a model in any layout as an ordinary Hugging Face checkpoint: parameter by parameter, whole or not at all.
+
+Of a model with an adapter only that is saved, as PEFT's own folder.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -7,10 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import SharedError
+from mezo_scale.models import adapters
 from mezo_scale.models.conversion import Piece, names_saved, pieces
 from mezo_scale.models.stream import WeightFiles, sync
 from mezo_scale.sharding.discovery import modules
@@ -22,7 +27,7 @@ MAX_FILE_BYTES = 5_000_000_000
 
 
 def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-    """Writes weights (safetensors), configuration and tokenizer; every rank calls it.
+    """Writes weights (safetensors), configuration and tokenizer, or the adapter; every rank calls it.
 
     Rank 0 writes. It holds its shards, one parameter and another rank's part of that; the others hold their shards and
     such a part. The folder is complete or not there: written beside, synced, then renamed. An older one is replaced.
@@ -31,9 +36,12 @@ def write(model: nn.Module, tokenizer: Any, directory: Path, *, max_file_bytes: 
         SharedError: it can't be written, on every rank; an older checkpoint is kept.
         ShardingError, ModelError: the model can't be gathered; nothing is written then.
     """
+    root: Any = next(module for _, module in modules(model))
+    if adapters.config_in(root) is not None:
+        _on_first(directory, lambda: _write_adapter(root, directory))
+        return
     shards, tied = stored(model)
     gather = Gather(shards)
-    root: Any = next(module for _, module in modules(model))
     numbers = {shard.name: number for number, shard in enumerate(shards)}
     owners = names_saved(root, {name: name for name in numbers} | tied)
     empty = [torch.empty(shard.shape, dtype=shard.local.dtype, device="meta") for shard in shards]
@@ -60,12 +68,7 @@ def _begin(
     root: Any, tokenizer: Any, directory: Path, beside: Path, plan: list[Piece], max_file_bytes: int
 ) -> WeightFiles:
     """Everything but the weights."""
-    old = _old(directory)
-    if old.exists() and not directory.exists():
-        old.rename(directory)  # the last one was killed between its two renames
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
+    _make_room(directory, beside)
     tensors = {name: tensor for piece in plan for name, tensor in piece.targets.items()}
     size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(beside).free
     if free < size:
@@ -88,11 +91,37 @@ def _write(files: WeightFiles, piece: Piece, root: Any, whole: dict[str, Tensor 
     return None
 
 
+def _write_adapter(root: Any, directory: Path) -> None:
+    beside = directory.with_name(directory.name + ".partial")
+    _make_room(directory, beside)
+    try:
+        adapters.write(root, beside)
+        _put_in_place(directory, beside)
+    except SafetensorError as error:  # of the system's errors, too
+        raise OSError(None, str(error)) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _make_room(directory: Path, beside: Path) -> None:
+    old = _old(directory)
+    if old.exists() and not directory.exists():
+        old.rename(directory)  # the last one was killed between its two renames
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+
+
 def _finish(files: WeightFiles | None, directory: Path, beside: Path, error: OSError | None) -> None:
     assert files is not None, "rank 0 has begun them"
     if error is not None:
         raise error
     files.close()
+    _put_in_place(directory, beside)
+
+
+def _put_in_place(directory: Path, beside: Path) -> None:
+    """The folder that is whole takes the place of the older one, if there is one."""
     sync([*beside.iterdir(), beside])
     replaces = directory.exists()
     if replaces:

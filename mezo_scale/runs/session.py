@@ -23,8 +23,10 @@ from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
+from mezo_scale.models.tuning import sizes
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
+from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
@@ -88,6 +90,7 @@ class Trainer:
         if world.ranks:
             self.screen.show(preflight.table(world.ranks))
         self.loaded = models.load(recipe, world)
+        take_up_adapter_(self.loaded.model, run)
         self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(self.loaded.model))
@@ -95,6 +98,10 @@ class Trainer:
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
             f"{self.loaded.strategy.layout}, {world.device.type}"
         )
+        tuned, frozen = sizes(self.loaded.model)
+        self.tuned = f"Tuned ({recipe.tune.what}): {tuned:,} parameters; frozen: {frozen:,}"
+        if frozen:
+            self.screen.say(self.tuned)
 
     def go(self, done: int) -> None:
         """Trains, evaluates, reports. `done` steps are in the trajectory already."""
@@ -128,6 +135,7 @@ class Trainer:
                 self.run,
                 self.recipe,
                 self.loaded.strategy.layout,
+                self.tuned,
                 self.run.add_evaluation(**results),
                 memory,
                 commands,
@@ -155,6 +163,7 @@ class Trainer:
         options = self.recipe.optimizer
         if self.world.rank == 0:
             self.run.create()
+        keep_adapter(self.loaded.model, self.loaded.tokenizer, self.run)
         with self.screen.counting("replaying") as progress:
             return MeZO(
                 self.loaded.model,

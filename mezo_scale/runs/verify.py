@@ -1,18 +1,19 @@
 """Whether a finished run agrees with itself: its trajectory, its base model and its checkpoint."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor, nn
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import TrajectoryError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import adapters, checkpoints
 from mezo_scale.optim.replay import replay
 from mezo_scale.recipe import Recipe
+from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.publish import stored_dtype
 from mezo_scale.trajectory import Trajectory
 
 
@@ -28,7 +29,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
     size = os.path.getsize(run.trajectory)
     yield f"{run.trajectory}: {len(records)} steps ({skipped} skipped), {size:,} bytes, every checksum right"
     checkpoints.find(recipe.model.name)
-    model = checkpoints.read(recipe.model.name, stored_dtype(records))
+    model = begun(recipe.model.name, records, run.adapter_init if run.adapter_init.is_dir() else None)
     replay(model, records, until=0)
     yield f"{recipe.model.name}: the base model that the run began with (fingerprint {records.header.fingerprint})"
     if not run.checkpoint.is_dir():
@@ -36,8 +37,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
     step = run.read_evaluation().get("tuned", {}).get("step", len(records))
     with Screen(World.from_environment()).counting("replaying") as progress:
         replay(model, records, step, progress=progress)
-    saved = checkpoints.read(str(run.checkpoint), stored_dtype(records)).state_dict()
-    rebuilt = model.state_dict()
+    saved, rebuilt = _saved_and_rebuilt(run, model)
     different = [name for name in rebuilt if name not in saved or not torch.equal(rebuilt[name], saved[name])]
     if different:
         raise TrajectoryError(
@@ -45,3 +45,11 @@ def verify(recipe: Recipe) -> Iterator[str]:
             f"weights differ, {different[0]} for one; replay the trajectory to have the right ones"
         )
     yield f"{run.checkpoint}: bit for bit what {step} replayed steps give"
+
+
+def _saved_and_rebuilt(run: RunDirectory, model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What the checkpoint holds, and the same of the model that was replayed."""
+    if adapters.config_in(model) is not None:
+        return adapters.read(run.checkpoint)[1], adapters.state(model)
+    dtype = next(model.parameters()).dtype
+    return checkpoints.read(str(run.checkpoint), dtype).state_dict(), model.state_dict()
