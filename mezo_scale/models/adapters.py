@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,9 @@ def inject_(model: nn.Module, config: Any, seed: int) -> None:
     with torch.random.fork_rng(devices=[]), _base_kept(model, config):
         torch.manual_seed(seed)
         try:
-            peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=is_empty)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sees how weights lie, and says it has
+                peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=is_empty)
         except Exception as error:  # each method fails in a way of its own
             raise RecipeError(f"tune: PEFT can't put {kind} into this model ({_one_line(error)})") from None
     model.eval()

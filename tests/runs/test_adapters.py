@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mezo_scale import models
+from mezo_scale.distributed.world import World
 from mezo_scale.errors import MezoError, ModelError, RecipeError, TrajectoryError
-from mezo_scale.recipe import Recipe, load
+from mezo_scale.recipe import Recipe, TuneSection, load
 from mezo_scale.runs.evaluate import evaluate_recipe
 from mezo_scale.runs.publish import merge, rebuild
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
 from tests.support import material
+from tests.support.fixtures import write_recipe
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -47,53 +51,63 @@ def with_peft(recipe: Recipe, folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.model.name), folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_tuned_and_saved_as_peft_reads_it(make_recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
-    recipe = make_recipe(*KINDS[kind], *BIG_STEPS)
+@pytest.fixture(scope="module", params=KINDS)
+def tuned(request: pytest.FixtureRequest, model_folder: Path, reviews_file: Path, tmp_path_factory: Any) -> Recipe:
+    """A finished run of each kind of adapter."""
+    folder = tmp_path_factory.mktemp(request.param)
+    path = write_recipe(folder, model_folder, reviews_file)
+    recipe = load(path, [*KINDS[request.param], *BIG_STEPS])
     train(recipe)
-    run = recipe.directory
-    begun, tuned = adapter(run / "adapter_init"), adapter(run / "checkpoint")
-    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    assert begun.keys() == tuned.keys()
-    assert all(not torch.equal(begun[name], tuned[name]) for name in begun)
-    assert not torch.equal(logits(with_peft(recipe, run / "checkpoint")), logits(with_peft(recipe, run / "adapter_init")))
-    # The score is that of the model that PEFT makes of what was saved.
-    results = json.loads((run / "evaluation.json").read_text())
-    again = make_recipe("tune.what=adapter", f"tune.adapter={run / 'checkpoint'}", f"output.dir={tmp_path / 'none'}")
-    found, steps = evaluate_recipe(again, "test", None)
-    assert (found.as_dict(), steps) == ({key: results["tuned"][key] for key in found.as_dict()}, 0)
+    return recipe
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_run_computes_is_what_peft_computes(make_recipe: MakeRecipe, kind: str) -> None:
-    from mezo_scale.distributed.world import World
-    from mezo_scale.models import load as load_model
-
-    recipe = make_recipe(*KINDS[kind], *BIG_STEPS)
-    train(recipe)
-    saved = recipe.directory / "checkpoint"
-    tune = recipe.tune.model_copy(update={"what": "adapter", "adapter": str(saved), "peft": None})
-    here = load_model(recipe.model_copy(update={"tune": tune}), World.from_environment()).model
-    torch.testing.assert_close(logits(here), logits(with_peft(recipe, saved)), rtol=1e-5, atol=1e-5)
+def test_an_adapter_is_tuned_and_saved_as_peft_reads_it(tuned: Recipe) -> None:
+    begun, ended = tuned.directory / "adapter_init", tuned.directory / "checkpoint"
+    assert {path.name for path in ended.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    before, after = adapter(begun), adapter(ended)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(logits(with_peft(tuned, begun)), logits(with_peft(tuned, ended)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_an_adapter_is_rebuilt_and_verified(make_recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
-    recipe = make_recipe(*KINDS[kind], *BIG_STEPS)
-    train(recipe)
-    run = recipe.directory
-    assert next(reversed(list(verify(recipe)))).endswith("bit for bit what 4 replayed steps give")
-    assert rebuild(recipe.model.name, run / "trajectory.mezo", tmp_path / "again", None) == 4
+def test_what_a_run_computes_is_what_peft_computes(tuned: Recipe) -> None:
+    saved = tuned.directory / "checkpoint"
+    section = TuneSection(what="adapter", adapter=str(saved))
+    here = models.load(tuned.model_copy(update={"tune": section}), World.from_environment()).model
+    torch.testing.assert_close(logits(here), logits(with_peft(tuned, saved)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_an_adapter_is_graded_again_as_it_was(tuned: Recipe) -> None:
+    found, steps = evaluate_recipe(tuned, "test", None)
+    results = json.loads((tuned.directory / "evaluation.json").read_text())
+    assert {**found.as_dict(), "step": steps, "skipped": 0} == results["tuned"]
+
+
+def test_a_run_of_an_adapter_is_rebuilt_and_verified(tuned: Recipe, tmp_path: Path) -> None:
+    run, base = tuned.directory, tuned.model.name
+    assert list(verify(tuned))[2].endswith("bit for bit what 4 replayed steps give")
+    assert rebuild(base, run / "trajectory.mezo", tmp_path / "again", None) == 4
     assert same(adapter(tmp_path / "again"), adapter(run / "checkpoint"))
     moved = tmp_path / "moved.mezo"
     moved.write_bytes((run / "trajectory.mezo").read_bytes())
-    rebuild(recipe.model.name, moved, tmp_path / "begun", 0, run / "adapter_init")
+    rebuild(base, moved, tmp_path / "begun", 0, run / "adapter_init")
     assert same(adapter(tmp_path / "begun"), adapter(run / "adapter_init"))
     with pytest.raises(TrajectoryError, match=r"the run tunes .* has not: expected its base model and"):
-        rebuild(recipe.model.name, moved, tmp_path / "none", None)
+        rebuild(base, moved, tmp_path / "none", None)
+
+
+def test_a_merged_adapter_computes_what_the_adapter_does(tuned: Recipe, tmp_path: Path) -> None:
+    saved, base = tuned.directory / "checkpoint", AutoModelForCausalLM.from_pretrained(tuned.model.name)
+    if tuned.tune.what == "prefix":
+        with pytest.raises(ModelError, match="changes no weight, so there is nothing to merge"):
+            merge(tuned.directory, tmp_path / "merged", None)
+        assert not (tmp_path / "merged").exists()
+        return
+    assert merge(tuned.directory, tmp_path / "merged", None) == tuned.model.name
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(with_peft(tuned, saved)), rtol=1e-4, atol=1e-5)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert not torch.equal(logits(merged), logits(base))
 
 
 def test_verify_finds_a_changed_adapter(make_recipe: MakeRecipe) -> None:
@@ -150,7 +164,10 @@ def test_lora_begins_without_effect_and_a_prefix_with_real_activations(make_reci
     tokens = torch.randint(base.config.vocab_size, (1, 5), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         layers = base(input_ids=tokens, use_cache=True).past_key_values.layers
-    rows = [torch.cat([part[0, :, n].flatten() for layer in layers for part in (layer.keys, layer.values)]) for n in range(5)]
+    rows = [
+        torch.cat([part[0, :, n].flatten() for layer in layers for part in (layer.keys, layer.values)])
+        for n in range(5)
+    ]
     torch.testing.assert_close(prefix["prompt_embeddings"], torch.stack(rows))
 
 
@@ -165,19 +182,6 @@ def test_a_tuned_adapter_is_tuned_further(make_recipe: MakeRecipe, tmp_path: Pat
         assert len(list(verify(load(second)))) == 3
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
-def test_a_merged_adapter_computes_what_the_adapter_does(make_recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
-    recipe = make_recipe(*KINDS[kind], *BIG_STEPS)
-    train(recipe)
-    assert merge(recipe.directory, tmp_path / "merged", None) == recipe.model.name
-    merged, base = (AutoModelForCausalLM.from_pretrained(name) for name in (tmp_path / "merged", recipe.model.name))
-    torch.testing.assert_close(
-        logits(merged), logits(with_peft(recipe, recipe.directory / "checkpoint")), rtol=1e-4, atol=1e-5
-    )
-    assert merged.state_dict().keys() == base.state_dict().keys()
-    assert not torch.equal(logits(merged), logits(base))
-
-
 def test_a_merge_keeps_the_dtype_of_the_base(make_recipe: MakeRecipe, tmp_path: Path, model_folder: Path) -> None:
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(half)
@@ -187,14 +191,6 @@ def test_a_merge_keeps_the_dtype_of_the_base(make_recipe: MakeRecipe, tmp_path: 
     merge(recipe.directory / "checkpoint", tmp_path / "merged", None)
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
-def test_a_prefix_is_not_merged(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe("tune.what=prefix")
-    train(recipe)
-    with pytest.raises(ModelError, match="changes no weight, so there is nothing to merge"):
-        merge(recipe.directory, tmp_path / "merged", None)
-    assert not (tmp_path / "merged").exists()
 
 
 def test_named_weights_are_tuned_and_the_others_are_not(make_recipe: MakeRecipe) -> None:
@@ -302,6 +298,8 @@ def test_an_adapter_of_another_model_is_refused(make_recipe: MakeRecipe, tmp_pat
 def test_a_model_that_counts_positions_takes_a_prefix(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     for name in ("opt", "gpt2"):
         model = material.write_model(name, tmp_path / name)
-        recipe = make_recipe("tune.what=prefix", f"model.name={model}", f"output.dir={tmp_path / f'run-{name}'}", *BIG_STEPS)
+        recipe = make_recipe(
+            "tune.what=prefix", f"model.name={model}", f"output.dir={tmp_path / f'run-{name}'}", *BIG_STEPS
+        )
         train(recipe)
         assert len(list(verify(recipe))) == 3
