@@ -27,6 +27,20 @@ from mezo_scale.sharding.shard import Shard, memory_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ROUNDING = 1e-3  # what merging may change of a logit, relative to the largest
+_OF_THE_FILE = ("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version")
+"""Fields that say how a configuration was written, or whose value follows."""
+
+_WHERE = ("target_modules", "exclude_modules", "fan_in_fan_out")
+_FREE: dict[str, tuple[str, ...]] = {
+    "LORA": (
+        *_WHERE,
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("layers_to_transform", "layers_pattern"),
+    ),
+    "IA3": (*_WHERE, "feedforward_modules"),
+}
+"""Fields that may have any value in a plain adapter (`is_plain`), by method."""
+
 _INSIDE = "base_model.model."  # where PEFT's saved names find the base model
 
 
@@ -92,7 +106,7 @@ def inject_(model: nn.Module, config: Any, seed: int) -> None:
 @contextmanager
 def _base_kept(model: nn.Module, config: Any) -> Iterator[None]:
     """Raises RecipeError if what is done inside changes the base model's own weights."""
-    if _is_plain_lora(config) or any(param.is_meta for param in model.parameters()):
+    if is_plain(config) or any(param.is_meta for param in model.parameters()):
         yield
         return
     before = stored(model)[0]
@@ -105,9 +119,17 @@ def _base_kept(model: nn.Module, config: Any) -> Iterator[None]:
         )
 
 
-def _is_plain_lora(config: Any) -> bool:
-    """Whether it is a LoRA that is known to leave the base model alone."""
-    return config.peft_type.value == "LORA" and config.init_lora_weights is True and not config.use_dora
+def is_plain(config: Any) -> bool:
+    """Whether an adapter is known to begin without a look at the base model's weights, and to leave them alone.
+
+    Under sharding those are elsewhere, and most methods would take what is there for the whole.
+    """
+    free, fresh = _FREE.get(config.peft_type.value), type(config)()
+    return free is not None and all(
+        getattr(config, field.name) == getattr(fresh, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in free and field.name not in (*_OF_THE_FILE, "base_model_name_or_path", "revision")
+    )
 
 
 def _places(shards: list[Shard]) -> set[tuple[object, ...]]:
@@ -186,10 +208,6 @@ def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         return _config(kind, fields, str(fields.get("base_model_name_or_path") or "")), tensors
     except RecipeError as error:
         raise ModelError(f"{folder / CONFIG_FILE}: {error}") from None
-
-
-_OF_THE_FILE = ("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version")
-"""Fields that say how the file was written, or whose value follows."""
 
 
 def base_of(folder: Path) -> str:

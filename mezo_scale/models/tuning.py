@@ -31,6 +31,12 @@ def check(recipe: Recipe) -> None:
         return
     config = adapters.read(Path(str(section.adapter)))[0] if section.adapter else adapters.config_of(section, name)
     if not prefix.is_prefix(config) or section.what == "peft":
+        if recipe.sharding.strategy not in ("single", "ddp") and not adapters.is_plain(config):
+            raise RecipeError(
+                f"tune: with sharding.strategy {recipe.sharding.strategy}, LORA and IA3 in their plain form can be put "
+                f"into a model, and this {config.peft_type.value} may read or copy weights that are elsewhere: set "
+                "sharding.strategy to single or ddp, or take a plain one"
+            )
         adapters.inject_(model, config, seed=0)
         _check_tunes(model)
 
@@ -104,14 +110,9 @@ def sizes(model: nn.Module) -> tuple[int, int]:
 
 def _inject_(model: nn.Module, config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> None:
     adapters.inject_(model, config, seed)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(schemes.find(tensor), Plain):  # what is sharded stays where it is
             tensor.data = tensor.data.to(device, dtype if tensor.requires_grad else None)
-        elif tensor.requires_grad:
-            raise ModelError(
-                f"tune.peft: {config.peft_type.value} tunes {name}, a part of the sharded model: take another method, "
-                "or set sharding.strategy to single or ddp"
-            )
 
 
 def _names(model: Any, section: TuneSection) -> list[str]:
