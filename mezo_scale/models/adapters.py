@@ -75,7 +75,9 @@ def library() -> Any:
     try:
         import peft
     except ImportError:
-        raise RecipeError("tune: adapters need PEFT, which is not installed: pip install 'mezo-scale[peft]'") from None
+        raise RecipeError(
+            "tune: adapters need PEFT, which is not installed: pip install 'mezo-scale[adapters]'"
+        ) from None
     return peft
 
 
