@@ -126,8 +126,11 @@ def is_plain(config: Any) -> bool:
 
     Under sharding those are elsewhere, and most methods would take what is there for the whole.
     """
-    free, fresh = _FREE.get(config.peft_type.value), type(config)()
-    return free is not None and all(
+    free = _FREE.get(config.peft_type.value)
+    if free is None:
+        return False
+    fresh = type(config)()
+    return all(
         getattr(config, field.name) == getattr(fresh, field.name)
         for field in dataclasses.fields(config)
         if field.name not in free and field.name not in (*_OF_THE_FILE, "base_model_name_or_path", "revision")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mezo_scale.distributed.world import World
-from mezo_scale.errors import ModelError, RecipeError
+from mezo_scale.errors import ModelError, RecipeError, SharedError
 from mezo_scale.models import adapters, checkpoints, prefix
 from mezo_scale.models.shapes import skeleton
 from mezo_scale.recipe import Recipe, TuneSection
@@ -48,7 +48,7 @@ def tune_(model: Any, recipe: Recipe, world: World) -> None:
 
     Raises:
         RecipeError, ModelError: as `check`.
-        SharedError: the model can't have a prefix.
+        SharedError: the model can't have a prefix, or can't be called with its adapter as tasks call it.
     """
     section = recipe.tune
     if section.what == "full":
@@ -72,6 +72,7 @@ def tune_(model: Any, recipe: Recipe, world: World) -> None:
         _inject_(model, adapters.config_of(section, recipe.model.name), seed, world.device, dtype)
     adapters.same_on_all_(model)
     _check_tunes(model)
+    _check_call(model, world)
 
 
 def attach_saved_(
@@ -98,6 +99,14 @@ def only_(model: nn.Module, names: Collection[str]) -> None:
     """Tunes the parameters of these names, as a trajectory lists them, and no other."""
     for name, param in model.named_parameters():
         param.requires_grad_(name in names)
+
+
+def virtual_tokens(section: TuneSection) -> int:
+    """How many positions before every text a prefix takes. Raises RecipeError, ModelError as `adapters.read` does."""
+    if section.what == "prefix":
+        return section.num_virtual_tokens
+    config = adapters.read(Path(section.adapter))[0] if section.adapter else None
+    return config.num_virtual_tokens if prefix.is_prefix(config) else 0
 
 
 def sizes(model: nn.Module) -> tuple[int, int]:
@@ -161,3 +170,13 @@ def _check_tunes(model: nn.Module) -> None:
     kept = {tensor.data_ptr() for tensor in adapters.state(model).values()}
     if lost := [name for name, param in tuned.items() if param.data_ptr() not in kept]:
         raise RecipeError(f"tune.peft: the method tunes {lost[0]}, which PEFT does not save: take another method")
+
+
+def _check_call(model: nn.Module, world: World) -> None:
+    ids = torch.zeros(2, 4, dtype=torch.long, device=world.device)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:  # a method may ask for arguments of its own
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SharedError(f"tune: with this adapter the model can't be called as a task does ({said})") from None

@@ -303,3 +303,34 @@ def test_a_model_that_counts_positions_takes_a_prefix(make_recipe: MakeRecipe, t
         )
         train(recipe)
         assert len(list(verify(recipe))) == 3
+
+
+def test_a_prefix_takes_places_of_a_table_of_positions(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    model = material.write_model("gpt2", tmp_path / "gpt2")
+    with pytest.raises(RecipeError, match=r"task.max_length is 76, but .* has 80 positions, 5 of them the prefix's"):
+        train(make_recipe("tune.what=prefix", f"model.name={model}", "task.max_length=76"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("{peft_type: POLY, r: 2, target_modules: [q_proj]}", "can't be called as a task does .*task_ids"),
+        ("{peft_type: ADALORA, target_modules: [q_proj]}", "does not take these fields .*total_step"),
+    ],
+)
+def test_a_method_that_tasks_can_not_serve_is_refused(make_recipe: MakeRecipe, fields: str, said: str) -> None:
+    with pytest.raises(MezoError, match=said) as met:
+        train(make_recipe("tune.what=peft", f"tune.peft={fields}"))
+    assert "\n" not in str(met.value)
+    assert not make_recipe().directory.exists()
+
+
+def test_adalora_is_put_in(make_recipe: MakeRecipe) -> None:
+    fields = "{peft_type: ADALORA, target_modules: [q_proj], total_step: 10, init_r: 4, target_r: 2}"
+    models.check(make_recipe("tune.what=peft", f"tune.peft={fields}"), World.from_environment())
+    loaded = models.load(make_recipe("tune.what=peft", f"tune.peft={fields}"), World.from_environment())
+    assert {name.split(".")[-2] for name, param in loaded.model.named_parameters() if param.requires_grad} == {
+        "lora_A",
+        "lora_B",
+        "lora_E",
+    }
