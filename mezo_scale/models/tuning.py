@@ -105,7 +105,7 @@ def virtual_tokens(section: TuneSection) -> int:
     """How many positions before every text a prefix takes. Raises RecipeError, ModelError as `adapters.read` does."""
     if section.what == "prefix":
         return section.num_virtual_tokens
-    config = adapters.read(Path(section.adapter))[0] if section.adapter else None
+    config: Any = adapters.read(Path(section.adapter))[0] if section.adapter else None
     return config.num_virtual_tokens if prefix.is_prefix(config) else 0
 
 
