@@ -50,8 +50,9 @@ def find(name: str) -> Any:
         raise RecipeError(f"model.name: {name} {what} ({_one_line(error)})") from None
     if config is None:
         raise ModelError(
-            f"model.name: {name} holds an adapter ({ADAPTER_CONFIG_NAME}), whose weights would be frozen: merge it "
-            "into its base model (PEFT's merge_and_unload, then save_pretrained), and give that folder"
+            f"model.name: {name} holds an adapter ({ADAPTER_CONFIG_NAME}): to tune it further, set model.name to its "
+            f"base model, tune.what to adapter and tune.adapter to {name}; to tune all weights, give what "
+            f"`mezo-scale merge {name} OUT` makes"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World
-from mezo_scale.models import checkpoints
+from mezo_scale.models import checkpoints, tuning
 from mezo_scale.models.fsdp2 import load_fsdp2
 from mezo_scale.models.zero3 import deepspeed_config, load_zero3
 from mezo_scale.recipe import Recipe
@@ -26,7 +26,7 @@ class Loaded:
     """A model ready to be tuned.
 
     Attributes:
-        model: in evaluation mode, on the world's device, sharded as the recipe says.
+        model: in evaluation mode, on the world's device, sharded and frozen as the recipe says.
         tokenizer: the model's own.
         device: where its inputs belong (its shards may lie in host memory).
         strategy: how it lies on the ranks; which rows each of them evaluates follows from its axes.
@@ -46,23 +46,29 @@ def check(recipe: Recipe, world: World) -> None:
     """What can be said about the recipe's model and layout without loading anything.
 
     Raises:
-        RecipeError, ShardingError: options that contradict each other or the number of processes; no such model.
+        RecipeError, ShardingError: options that contradict each other or the number of processes; no such model; an
+            adapter that it can't have.
         ModelError: a model that is quantised, or is no causal language model.
     """
     if _strategy(recipe, world).is_deepspeed:
         deepspeed_config(recipe)
     checkpoints.find(recipe.model.name)
+    tuning.check(recipe)
 
 
 def load(recipe: Recipe, world: World, weights: Path | None = None) -> Loaded:
-    """Loads and shards the model; every rank calls it. Raises ModelError as `check` and `checkpoints.read` do.
+    """Loads and shards the model, and frees what is to be tuned; every rank calls it.
 
     `weights`: a folder with the same model after some steps, which is read in the place of the recipe's; the tokenizer
     is the recipe's.
+
+    Raises:
+        MezoError: as `check`, `checkpoints.read` and `tuning.tune_`.
     """
     section, strategy = recipe.model, _strategy(recipe, world)
     source = recipe if weights is None else _renamed(recipe, str(weights.absolute()))
     model = _LOADERS[strategy.name](source, strategy, world)
+    tuning.tune_(model, recipe, world)
     compute: Callable[[], AbstractContextManager[Any]] = nullcontext
     compute_dtype = None
     if strategy.autocasts and section.compute_dtype not in (None, section.dtype):

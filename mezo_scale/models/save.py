@@ -1,4 +1,7 @@
-"""Saves a model in any layout as an ordinary Hugging Face checkpoint: parameter by parameter, whole or not at all."""
+"""Saves a model in any layout as an ordinary Hugging Face checkpoint: parameter by parameter, whole or not at all.
+
+Of a model with an adapter only that is saved, as PEFT's own folder.
+"""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -7,11 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import SharedError
-from mezo_scale.models import low_bits
+from mezo_scale.models import adapters, low_bits
 from mezo_scale.models.conversion import Piece, names_saved, pieces
 from mezo_scale.models.stream import WeightFiles, sync
 from mezo_scale.sharding import Shard
@@ -32,7 +36,7 @@ def write(
     masters: Sequence[Shard] = (),
     seal: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes weights (safetensors), configuration and tokenizer; every rank calls it.
+    """Writes weights (safetensors), configuration and tokenizer, or the adapter; every rank calls it.
 
     Rank 0 writes. It holds its shards, one parameter and another rank's part of that; the others hold their shards and
     such a part. The folder is complete or not there: written beside, synced, then renamed. An older one is replaced.
@@ -46,9 +50,12 @@ def write(
         SharedError: it can't be written, on every rank; an older checkpoint is kept.
         ShardingError, ModelError: the model can't be gathered; nothing is written then.
     """
+    root: Any = next(module for _, module in modules(model))
+    if adapters.config_in(root) is not None:
+        _on_first(directory, lambda: _write_adapter(root, directory))
+        return
     shards, tied = stored(model)
     gather = Gather(shards)
-    root: Any = next(module for _, module in modules(model))
     numbers = {shard.name: number for number, shard in enumerate(shards)}
     owners = names_saved(root, {name: name for name in numbers} | tied)
     empty = [torch.empty(shard.shape, dtype=shard.local.dtype, device="meta") for shard in shards]
@@ -85,12 +92,7 @@ def _begin(
     max_file_bytes: int,
 ) -> tuple[WeightFiles, WeightFiles | None]:
     """Everything but the weights."""
-    old = _old(directory)
-    if old.exists() and not directory.exists():
-        old.rename(directory)  # the last one was killed between its two renames
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
+    _make_room(directory, beside)
     tensors = {name: tensor for piece in plan for name, tensor in piece.targets.items()}
     size = sum(tensor.nbytes for tensor in (*tensors.values(), *masters.values()))
     free = shutil.disk_usage(beside).free
@@ -118,6 +120,27 @@ def _write(files: WeightFiles, piece: Piece, root: Any, whole: dict[str, Tensor 
     return None
 
 
+def _write_adapter(root: Any, directory: Path) -> None:
+    beside = directory.with_name(directory.name + ".partial")
+    _make_room(directory, beside)
+    try:
+        adapters.write(root, beside)
+        _put_in_place(directory, beside)
+    except SafetensorError as error:  # of the system's errors, too
+        raise OSError(None, str(error)) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _make_room(directory: Path, beside: Path) -> None:
+    old = _old(directory)
+    if old.exists() and not directory.exists():
+        old.rename(directory)  # the last one was killed between its two renames
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+
+
 def _finish(
     parts: list[WeightFiles],
     directory: Path,
@@ -131,6 +154,11 @@ def _finish(
         files.close()
     if seal is not None:
         seal(beside)
+    _put_in_place(directory, beside)
+
+
+def _put_in_place(directory: Path, beside: Path) -> None:
+    """The folder that is whole takes the place of the older one, if there is one."""
     sync([*beside.rglob("*"), beside])
     replaces = directory.exists()
     if replaces:

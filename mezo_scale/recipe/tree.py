@@ -8,10 +8,10 @@ and docs/recipe.md are made from them.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticUndefined
 
 RECIPE_FILE = "recipe.yaml"  # the name of the resolved recipe in a run directory
@@ -125,6 +125,66 @@ class TaskSection(Section):
     )
 
 
+class TuneSection(Section):
+    """What is tuned; the rest of the model is frozen. `docs/how-to/adapters.md` has an example of each."""
+
+    what: Literal["full", "lora", "prefix", "peft", "adapter", "head", "names"] = Field(
+        "full",
+        description="full: every weight. lora: low-rank matrices beside the model's own. prefix: keys and values "
+        "before every text. peft: another method of PEFT. adapter: an adapter that is there already. head: the output "
+        "embedding. names: the weights of some names.",
+    )
+    r: int = Field(8, ge=1, description="For lora: the rank.")
+    alpha: int = Field(16, ge=1, description="For lora: its output counts alpha / r times.")
+    target_modules: tuple[str, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        description="For lora: names of the linear modules, or all-linear alone; null means PEFT's choice for the type "
+        "of model, mostly the query and value projections.",
+    )
+    num_virtual_tokens: int = Field(5, ge=1, description="For prefix: its length in tokens.")
+    peft: dict[str, Any] | None = Field(
+        None, description="For peft: the fields of PEFT's configuration, peft_type among them."
+    )
+    adapter: Name | None = Field(
+        None, description="For adapter: the folder of an adapter of model.name, with its adapter_config.json."
+    )
+    names: tuple[str, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        description="For names: patterns of parameters' names, with * for any text, as in model.layers.0.*.",
+    )
+    init_seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed of a new adapter's weights; null means optimizer.seed."
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        """A field of another `what` would be ignored in silence."""
+        for name, kinds in _FIELDS_OF.items():
+            is_given = getattr(self, name) != type(self).model_fields[name].default
+            if is_given and self.what not in kinds:
+                raise ValueError(f"expected {name} only where what is {' or '.join(kinds)}: leave one of them out")
+            if not is_given and kinds == (self.what,) and name == self.what:
+                raise ValueError(f"expected {name} as well, since what is {name}")
+        return self
+
+
+_FIELDS_OF = {
+    "r": ("lora",),
+    "alpha": ("lora",),
+    "target_modules": ("lora",),
+    "num_virtual_tokens": ("prefix",),
+    "peft": ("peft",),
+    "adapter": ("adapter",),
+    "names": ("names",),
+    "init_seed": ("lora", "prefix", "peft"),
+}
+"""Which values of `tune.what` look at a field."""
+
+
 class OptimizerSection(Section):
     """MeZO."""
 
@@ -235,6 +295,7 @@ class Recipe(Section):
 
     model: ModelSection
     task: TaskSection
+    tune: TuneSection = TuneSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     sharding: ShardingSection = ShardingSection()
@@ -305,6 +366,8 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         inner = get_args(annotation)[0]
         return "list of text" if inner is str else f"list of {_type(inner)}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "null"}
     return names.get(annotation) or " | ".join(_type(part) for part in get_args(annotation))
 

@@ -17,6 +17,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import RECIPE_FILE, Recipe, dump, load
 
+ADAPTER_INIT = "adapter_init"
 _Kind = TypeVar("_Kind", list[Any], dict[str, Any])
 
 
@@ -53,6 +54,11 @@ class RunDirectory:
     @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
+
+    @property
+    def adapter_init(self) -> Path:
+        """The adapter that the run began with, as PEFT's folder; none where weights of the model's own are tuned."""
+        return self.path / ADAPTER_INIT
 
     @property
     def plot(self) -> Path:

@@ -17,6 +17,7 @@ from mezo_scale.errors import NotFiniteError
 from mezo_scale.models import Loaded
 from mezo_scale.optim.replay import replay
 from mezo_scale.recipe import Recipe
+from mezo_scale.runs.beginning import take_up_adapter_
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.fitness import check_model
@@ -79,6 +80,7 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Scor
         splits.check_same(world)
         check_same_reward(kind, world)
         loaded = models.load(recipe, world)
+        take_up_adapter_(loaded.model, run)
         check_model(loaded, kind, splits.test, recipe)
         screen = Screen(world)
         steps = replay_if_begun(loaded.model, run.trajectory, until, screen)

@@ -12,9 +12,9 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.models import checkpoints
 from mezo_scale.optim.replay import replay
+from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.publish import stored_dtype
 from mezo_scale.trajectory import Trajectory
 
 
@@ -69,7 +69,7 @@ def _load(source: str, until: int | None, screen: Screen) -> tuple[Any, Any]:
         return checkpoints.read(source, torch.float32), checkpoints.load_tokenizer(source)
     base, records = recipes.load(source).model.name, Trajectory.open(run.trajectory)
     checkpoints.find(base)
-    model = checkpoints.read(base, stored_dtype(records))
+    model = begun(base, records, run.adapter_init if run.adapter_init.is_dir() else None)
     with screen.counting("replaying") as progress:
         replay(model, records, until, progress=progress)
     return model, checkpoints.load_tokenizer(base)

@@ -1,4 +1,4 @@
-"""From a base model and a trajectory to an ordinary checkpoint."""
+"""From a base model and a trajectory, or an adapter, to an ordinary checkpoint."""
 
 from pathlib import Path
 
@@ -6,17 +6,22 @@ import torch
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
-from mezo_scale.models import checkpoints, save
+from mezo_scale.models import adapters, checkpoints, save
 from mezo_scale.optim.replay import replay
+from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.console import Screen
-from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.directory import ADAPTER_INIT, RunDirectory
 from mezo_scale.trajectory import Trajectory
 
 
-def rebuild(base: str, trajectory: Path, out: Path, until: int | None) -> int:
+def rebuild(base: str, trajectory: Path, out: Path, until: int | None, adapter: Path | None = None) -> int:
     """Replays a trajectory on its base model and saves an ordinary checkpoint in `out`. Returns the steps applied.
 
     In one process and on the CPU: the bits are the run's, whatever layout it had.
+
+    Args:
+        adapter: the one that the run began with; None: what lies beside the trajectory, if anything does. With one, an
+            adapter is saved.
 
     Raises:
         RecipeError: `out` is there already, or the base model is not.
@@ -25,12 +30,12 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None) -> int:
     world = World.from_environment()
     if world.size > 1:
         raise RecipeError(f"replay runs in one process, but WORLD_SIZE is {world.size}: start it without a launcher")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"--out: {out} is there already: give the name of a folder that is not")
+    _check_free(out)
     records = Trajectory.open(trajectory)
+    beside = trajectory.with_name(ADAPTER_INIT)
     checkpoints.find(base)
     tokenizer = checkpoints.load_tokenizer(base)
-    model = checkpoints.read(base, stored_dtype(records))
+    model = begun(base, records, beside if adapter is None and beside.is_dir() else adapter)
     screen = Screen(world)
     with screen.counting("replaying") as progress:
         steps = replay(model, records, until, progress=progress)
@@ -49,7 +54,34 @@ def export(directory: Path, out: Path) -> tuple[int, int]:
     return len(records), records.export(out)
 
 
-def stored_dtype(records: Trajectory) -> torch.dtype:
-    """What the weights of the run were stored in."""
-    dtype: torch.dtype = getattr(torch, records.header.manifest[0][2])
-    return dtype
+def merge(source: Path, out: Path, base: str | None) -> str:
+    """Adds an adapter to its base model and saves an ordinary checkpoint in `out`. Returns the base model's name.
+
+    In one process and on the CPU. The sum is taken in float32, and stored in the dtype of the base model's checkpoint.
+
+    Args:
+        source: an adapter, or the directory of a run that tuned one.
+        base: the base model; None: the one that the adapter names.
+
+    Raises:
+        RecipeError: `out` is there already, `source` holds no adapter, or there is no such base model.
+        ModelError: the adapter can't be added to weights, or is another model's.
+    """
+    _check_free(out)
+    folder = RunDirectory(source).checkpoint if RunDirectory(source).trajectory.is_file() else source
+    named = adapters.base_of(folder)
+    base = base or named
+    if not base:
+        raise RecipeError(f"{folder} does not say which model it is an adapter of: give --base")
+    config = checkpoints.find(base)
+    tokenizer = checkpoints.load_tokenizer(base)
+    model = checkpoints.read(base, torch.float32)
+    merged = adapters.merged(model, folder)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    save.write(merged.to(dtype), tokenizer, out)
+    return base
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} is there already: give the name of a folder that is not")

@@ -77,6 +77,7 @@ def write_report(
     run: RunDirectory,
     recipe: Recipe,
     layout: str,
+    tuned: str,
     results: Mapping[str, Any],
     memory_gib: Mapping[str, float],
     commands: Mapping[str, str],
@@ -85,6 +86,7 @@ def write_report(
 
     Args:
         layout: `Strategy.layout`.
+        tuned: what was tuned, as `Trainer` says it.
         memory_gib: by phase, of the session that ends with this report.
     """
     _plot(run, results)
@@ -97,7 +99,7 @@ def write_report(
         "",
         f"MeZO, {_steps(results['tuned'])} of {recipe.train.batch_size} examples, lr {recipe.optimizer.lr:g}, "
         f"eps {recipe.optimizer.eps:g}, {recipe.optimizer.num_directions} direction(s), seed {recipe.optimizer.seed}; "
-        f"{median}{layout}.",
+        f"{median}{layout}. {tuned}.",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",

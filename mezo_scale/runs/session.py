@@ -23,9 +23,11 @@ from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
+from mezo_scale.models.tuning import sizes
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs import snapshots, trackers
+from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
@@ -100,6 +102,7 @@ class Trainer:
             self.screen.show(preflight.table(world.ranks))
         self.loaded, self.start = snapshots.load(recipe, world, run, self.screen)
         model, begun = self.loaded.model, self.start.step if self.start else 0
+        take_up_adapter_(model, run)
         compare(shards(model), frozen_parameters(model), begun)
         self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
@@ -108,6 +111,10 @@ class Trainer:
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
             f"{self.loaded.strategy.layout}, {world.device.type}"
         )
+        tuned, frozen = sizes(self.loaded.model)
+        self.tuned = f"Tuned ({recipe.tune.what}): {tuned:,} parameters; frozen: {frozen:,}"
+        if frozen:
+            self.screen.say(self.tuned)
 
     def rehearse(self, done: int) -> None:
         """All that goes before the first step; nothing is written. `done` steps are in the trajectory already."""
@@ -161,6 +168,7 @@ class Trainer:
                 self.run,
                 self.recipe,
                 self.loaded.strategy.layout,
+                self.tuned,
                 self.run.add_evaluation(**results),
                 memory,
                 commands,
@@ -188,6 +196,7 @@ class Trainer:
         options = self.recipe.optimizer
         if self.world.rank == 0:
             self.run.create()
+        keep_adapter(self.loaded.model, self.loaded.tokenizer, self.run)
         with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
@@ -281,6 +290,7 @@ class Trainer:
         """After a step: compares the weights among the ranks and saves a snapshot of them, if it is time."""
         section, step = self.recipe.train, optimizer.step_count
         compares, saves = (every and step % every == 0 for every in (section.check_every, section.snapshot_every))
+        saves = saves and snapshots.are_wanted(self.loaded.model)
         if compares or saves:
             optimizer.check_ranks()
         if saves:

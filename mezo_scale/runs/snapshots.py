@@ -21,7 +21,7 @@ from torch import nn
 from mezo_scale import collectives, models
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import SharedError, TrajectoryError
-from mezo_scale.models import Loaded, checkpoints, low_bits, save
+from mezo_scale.models import Loaded, adapters, checkpoints, low_bits, save, tuning
 from mezo_scale.noise import VERSION
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.optim.opening import Start
@@ -103,6 +103,11 @@ def _hash(path: Path) -> str:
             size = int.from_bytes(file.read(8), "little") + 8
             file.seek(0)
         return blake2b(file.read(min(size, path.stat().st_size)), digest_size=16).hexdigest()
+
+
+def are_wanted(model: nn.Module) -> bool:
+    """Whether they shorten the way: an adapter is so small that all its steps are written again in no time."""
+    return adapters.config_in(model) is None
 
 
 def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
@@ -187,7 +192,9 @@ def check_all(run: RunDirectory, replay: Replay, log: Trajectory, steps: range) 
         except (OSError, ValueError) as error:
             raise TrajectoryError(f"{folder} is no good ({error}): delete it, a run goes on without") from None
         replay.to(step)
-        start, _ = _taken(checkpoints.read(str(folder), dtype), about, folder)
+        saved = checkpoints.read(str(folder), dtype)
+        tuning.only_(saved, [entry[0] for entry in log.header.manifest])
+        start, _ = _taken(saved, about, folder)
         if start.digest != replay.digest():
             raise TrajectoryError(
                 f"{folder} has weights with digest {start.digest}, but {step} replayed steps give {replay.digest()}: "

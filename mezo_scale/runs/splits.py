@@ -14,6 +14,7 @@ from mezo_scale.collectives import gather_integers
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, SharedError
 from mezo_scale.models import checkpoints
+from mezo_scale.models.tuning import virtual_tokens
 from mezo_scale.recipe import Recipe
 from mezo_scale.tasks import Kind
 
@@ -94,11 +95,12 @@ def _name(rank: int, world: World) -> str:
 
 def _check_positions(recipe: Recipe) -> None:
     """Raises RecipeError if a sequence could run over the end of the model's table of positions."""
-    positions = _table_length(checkpoints.find(recipe.model.name))
-    if positions is not None and recipe.task.max_length > positions:
+    positions, taken = _table_length(checkpoints.find(recipe.model.name)), virtual_tokens(recipe.tune)
+    if positions is not None and recipe.task.max_length + taken > positions:
+        said = f", {taken} of them the prefix's" if taken else ""
         raise RecipeError(
-            f"task.max_length is {recipe.task.max_length}, but {recipe.model.name} has {positions} positions: ask for "
-            f"at most task.max_length={positions}"
+            f"task.max_length is {recipe.task.max_length}, but {recipe.model.name} has {positions} positions{said}: "
+            f"ask for at most task.max_length={positions - taken}"
         )
 
 

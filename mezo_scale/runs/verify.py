@@ -1,20 +1,20 @@
 """Whether a finished run agrees with itself: its trajectory, its base model and its checkpoint."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import TrajectoryError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import adapters, checkpoints
 from mezo_scale.optim.replay import Replay
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs import snapshots
+from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.publish import stored_dtype
 from mezo_scale.trajectory import Trajectory
 
 
@@ -30,7 +30,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
     size = os.path.getsize(run.trajectory)
     yield f"{run.trajectory}: {len(records)} steps ({skipped} skipped), {size:,} bytes, every checksum right"
     checkpoints.find(recipe.model.name)
-    model = checkpoints.read(recipe.model.name, stored_dtype(records))
+    model = begun(recipe.model.name, records, run.adapter_init if run.adapter_init.is_dir() else None)
     replay = Replay(model, records)
     yield f"{recipe.model.name}: the base model that the run began with (fingerprint {records.header.fingerprint})"
     graded = 0
@@ -46,8 +46,7 @@ def verify(recipe: Recipe) -> Iterator[str]:
 
 def _check_checkpoint(run: RunDirectory, model: nn.Module, replay: Replay, step: int) -> str:
     _replay(replay, step)
-    saved = checkpoints.read(str(run.checkpoint), next(model.parameters()).dtype).state_dict()
-    rebuilt = model.state_dict()
+    saved, rebuilt = _saved_and_rebuilt(run, model)
     different = [name for name in rebuilt if name not in saved or not torch.equal(rebuilt[name], saved[name])]
     if different:
         raise TrajectoryError(
@@ -60,3 +59,11 @@ def _check_checkpoint(run: RunDirectory, model: nn.Module, replay: Replay, step:
 def _replay(replay: Replay, step: int) -> None:
     with Screen(World.from_environment()).counting("replaying") as progress:
         replay.to(step, progress=progress)
+
+
+def _saved_and_rebuilt(run: RunDirectory, model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What the checkpoint holds, and the same of the model that was replayed."""
+    if adapters.config_in(model) is not None:
+        return adapters.read(run.checkpoint)[1], adapters.state(model)
+    dtype = next(model.parameters()).dtype
+    return checkpoints.read(str(run.checkpoint), dtype).state_dict(), model.state_dict()

@@ -32,14 +32,19 @@ def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe_file(tmp_path: Path, model_folder: Path, reviews_file: Path) -> Path:
     """A recipe that runs in a second or two; its run directory is beside it and does not exist yet."""
+    return write_recipe(tmp_path, model_folder, reviews_file)
+
+
+def write_recipe(folder: Path, model_folder: Path, reviews_file: Path) -> Path:
+    """The file of such a recipe, in `folder`."""
     tree = {
         "model": {"name": str(model_folder)},
         "task": {"data": str(reviews_file), "train": 48, "dev": 16, "test": 32, "max_length": 40},
         "optimizer": {"lr": 1e-2},
         "train": {"steps": 4, "batch_size": 6, "eval_every": 2, "log_every": 1},
-        "output": {"dir": str(tmp_path / "run")},
+        "output": {"dir": str(folder / "run")},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
