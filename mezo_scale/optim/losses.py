@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_scale import collectives
+from mezo_scale.errors import RankError
 from mezo_scale.optim.batch import Batch, rows, take
 from mezo_scale.optim.company import Company
 from mezo_scale.optim.pieces import Forward, Piece, check_micro_batch
@@ -25,6 +26,8 @@ Objective = Callable[[nn.Module, Any], Tensor]
 
 PROBE = 10.0
 """The start-up check perturbs this many eps: branches then differ by far more than two ways of computing one branch."""
+
+_FAILED = 2  # what a rank says of the start-up check that met an error; 1: it does not pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Evaluator:
         """Losses of a batch: ``objective`` sees each piece's rows once per branch that they are in."""
         if self.paired is None:
             self.paired = self._check(pieces[0].two_branches(), objective, branches)
+            self.company.forget()
         sums, counts = [0.0] * len(branches), [0.0] * num_groups
         for piece in pieces:
             losses = self._evaluate(piece, objective, branches)
@@ -189,12 +193,17 @@ class Evaluator:
     def _check(self, piece: Piece, objective: Objective, branches: Sequence[Branch]) -> bool:
         """Whether pairing gives what one branch at a time gives, at perturbations large enough to tell rows apart.
 
-        Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together.
+        Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together; an
+        error of single branches is raised there, and a RankError on the others.
         """
         probe = [(seed, PROBE * scale) for seed, scale in branches]
         compared = getattr(objective, "smooth", objective)
-        apart = self._apart(piece, compared, probe)
         reason = ""
+        try:
+            apart = self._apart(piece, compared, probe)
+        except Exception:
+            collectives.max_integer(_FAILED)
+            raise
         try:
             together = self._together(piece, compared, probe)
             if compared is not objective:
@@ -204,7 +213,10 @@ class Evaluator:
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"
         except Exception as error:
             reason = in_words(error)
-        if collectives.max_integer(int(bool(reason))):
+        worst = collectives.max_integer(int(bool(reason)))
+        if worst == _FAILED:
+            raise RankError("another rank failed while it evaluated the first losses, and says why itself")
+        if worst:
             self._fall_back(reason or "another rank found so")
             return False
         return True
