@@ -127,6 +127,14 @@ class Evaluator:
                 counts[group] += count
         return Sums(sums, counts)
 
+    def per_row(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+        """Losses of a batch in each branch, float64 [branches, rows], outside of any step."""
+        piece = Piece.whole(batch, len(branches))
+        with evaluating(self.model):
+            if self.paired is None:
+                self.paired = self._check(piece.two_branches(), objective, branches)
+            return self._evaluate(piece, objective, branches)
+
     def of_closure(self, closure: Callable[[], Any], branches: Sequence[Branch]) -> Sums:
         """Losses of a closure, evaluated once per branch; a scalar counts as one row."""
         sums, count = [], 0.0

@@ -105,10 +105,29 @@ class OptimizerSection(Section):
 
     lr: Real = Field(1e-6, gt=0, allow_inf_nan=False, description="Learning rate.")
     eps: Real = Field(1e-3, gt=0, allow_inf_nan=False, description="How far the weights are perturbed either way.")
+    check_eps: bool = Field(
+        True,
+        description="Before the first step, measure how much of the slope at this eps is rounding and how much "
+        "curvature, in the time of a few steps, and say so in a line. Changes no result.",
+    )
+    estimator: Literal["spsa", "one_sided", "grouped"] = Field(
+        "spsa",
+        description="spsa: all rows see the same directions, from both sides. one_sided: likewise, from one side, with "
+        "the mean over directions as the baseline; it needs num_directions of 2 or more and a small eps. grouped: "
+        "every group_size rows have a direction of their own, from both sides.",
+    )
+    group_size: int | None = Field(
+        None, ge=1, description="For grouped: rows that share a direction; it divides train.batch_size."
+    )
     weight_decay: Real = Field(
         0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay; biases and normalisation are exempt."
     )
-    num_directions: int = Field(1, ge=1, description="Random directions per step; each costs two forward passes.")
+    num_directions: int = Field(
+        1,
+        ge=1,
+        description="Random directions per step; each costs two forward passes, under one_sided one. Under grouped "
+        "they follow from the groups.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the directions and of the order of the examples.")
     rounding: Literal["nearest", "stochastic", "master"] = Field(
         "nearest",
@@ -131,6 +150,18 @@ class TrainSection(Section):
     batch_size: int = Field(16, ge=1, description="Examples per step over all ranks together.")
     micro_batch: int | None = Field(
         None, ge=1, description="Examples per forward pass on one rank, to bound activation memory; null means all."
+    )
+    balance: Literal["none", "labels"] = Field(
+        "none",
+        description="labels: every group of rows (the whole step, unless the estimator is grouped) has each label as "
+        "often, so that what moves all labels alike cancels; rows of rare labels come more often. For tasks whose rows "
+        "have labels.",
+    )
+    sort_window: int = Field(
+        0,
+        ge=0,
+        description="Steps whose rows are exchanged so that rows of like length share a step, which saves padding; 0 "
+        "means none.",
     )
     objective: Name | None = Field(
         None,
@@ -242,7 +273,7 @@ def differences(recorded: Recipe, asked: Recipe) -> list[str]:
         for option in options()
         for section, name in [option.key.split(".")]
         if section not in ("sharding", "output")
-        and option.key not in free
+        and option.key not in {*free, "optimizer.check_eps"}
         and before[section][name] != after[section][name]
     ]
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
+from mezo_scale.optim import eps
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.runs.fitness import check_model
+from mezo_scale.runs.learning import estimator_of, order_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.report import as_table, results_table, write_report
@@ -38,7 +41,7 @@ from mezo_scale.sharding import shards
 from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
 from mezo_scale.tasks.kinds.kind import Within
-from mezo_scale.tasks.order import share, step_indices
+from mezo_scale.tasks.order import Order, share
 from mezo_scale.trajectory import Trajectory
 
 
@@ -71,6 +74,8 @@ def train(recipe: Recipe) -> None:
             recipe, kind = prepare(recipe)
             done = _steps_done(recipe, run) if world.rank == 0 else 0
             splits = EncodedSplits.read(recipe, kind)
+            estimator_of(recipe)
+            order_of(recipe, kind, splits.train)
         splits.check_same(world)
         world.check_shared(run.path)
         Trainer(recipe, world, run, kind, splits).go(max_integer(done))
@@ -161,7 +166,7 @@ class Trainer:
                 lr=options.lr,
                 eps=options.eps,
                 weight_decay=options.weight_decay,
-                num_directions=options.num_directions,
+                estimator=estimator_of(self.recipe),
                 seed=options.seed,
                 rounding=options.rounding,
                 distribution=options.distribution,
@@ -192,6 +197,7 @@ class Trainer:
                 self.memory.phase(STEPS),
             ):
                 self._infer(optimizer.step_count)
+                self._check_eps(optimizer)
                 while optimizer.step_count < total:
                     self._step(optimizer, metrics, progress, skips)
                     if number := interruption.after(optimizer.step_count):
@@ -218,6 +224,13 @@ class Trainer:
         with self.memory.phase(INFERENCE), torch.no_grad():
             self.objective(self.loaded.model, batch)
 
+    def _check_eps(self, optimizer: MeZO) -> None:
+        """A line about eps, before the first step. Of an objective that jumps there is nothing to say."""
+        recipe = self.recipe
+        if recipe.optimizer.check_eps and optimizer.step_count == 0 and not hasattr(self.objective, "smooth"):
+            batch = self._batch(0)
+            self.screen.say(str(eps.check(optimizer, batch, self.objective, recipe.train.micro_batch)))
+
     def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress, skips: Skips) -> None:
         recipe, step = self.recipe, optimizer.step_count
         lr = recipe.optimizer.lr * (1 - step / recipe.train.steps if recipe.optimizer.schedule == "linear" else 1)
@@ -240,13 +253,17 @@ class Trainer:
             metrics.log(step + 1, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
             progress.note(f"step {step + 1}: {dev.main} on dev {dev}")
 
+    @cached_property
+    def order(self) -> Order:
+        """Which examples make up which step."""
+        return order_of(self.recipe, self.kind, self.splits.train)
+
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
-        recipe, examples = self.recipe, self.splits.train
-        rows = step_indices(recipe.optimizer.seed, step, len(examples), recipe.train.batch_size)
         axes = self.loaded.strategy.axes
-        chosen = [examples[row] for row in share(rows, axes.rows_rank(self.world.rank), axes.rows_size)]
-        return to_device(self.kind.collate(chosen, recipe.train.objective), self.loaded.device)
+        rows = share(self.order.step(step), axes.rows_rank(self.world.rank), axes.rows_size)
+        chosen = [self.splits.train[row] for row in rows]
+        return to_device(self.kind.collate(chosen, self.recipe.train.objective), self.loaded.device)
 
     def _evaluate(self, rows: Sequence[Any], what: str) -> Score:
         with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
