@@ -1,9 +1,9 @@
 """How well eps suits a model and its rows: what rounding and curvature add to the slopes that an estimator sees.
 
-Along a few directions z the loss of each row is looked at in six places, L(s) = L(theta + s eps z) for s = +-1, +-0.6,
-+-0.2. Their odd part (L(s) - L(-s)) / 2 is a s + b s^3 and what is left over, which is rounding; their even part is
-L(0) + c s^2. A two-sided slope has the error b / eps. A one-sided one has (b + c) / eps, as far as it differs from
-direction to direction: the baseline takes the rest away.
+Along a few directions z the loss of each row is looked at in six places, L(s) = L(theta + s eps z) for s = +-2, +-1.2,
++-0.4: as far as 2, or rounding would pass for curvature. Their odd part (L(s) - L(-s)) / 2 is a s + b s^3 and what is
+left over, which is rounding; their even part is L(0) + c s^2. A two-sided slope has the error b / eps. A one-sided one
+has (b + c) / eps, as far as it differs from direction to direction: the baseline takes the rest away.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Losses = npt.NDArray[np.float64]
 
 DIRECTIONS = 4
 TOO_MUCH = 0.3  # of the slope
-_PLACES = np.array([1.0, 0.6, 0.2])
+_PLACES = np.array([2.0, 1.2, 0.4])
 _ODD = np.stack([_PLACES, _PLACES**3], axis=1)
 _EVEN = np.stack([np.ones(3), _PLACES**2], axis=1)
 _REST = np.array([1.0, -5.0, 10.0]) / math.sqrt(126)  # at right angles to both columns of _ODD
@@ -88,12 +88,14 @@ def _shares(looked: Losses, eps: float, size: int | None, total: int, *, one_sid
     odd, even = (looked[:, :, 0] - looked[:, :, 1]) / 2, (looked[:, :, 0] + looked[:, :, 1]) / 2
     cubic, square = np.linalg.pinv(_ODD)[1], np.linalg.pinv(_EVEN)[1] * one_sided
     error = np.einsum("p,kpr->kr", cubic, odd) + np.einsum("p,kpr->kr", square, even)
-    numbers = np.stack([odd[:, 0], np.einsum("p,kpr->kr", _REST, odd), error])
+    seen = np.linalg.pinv(_ODD).sum(0)  # a + b
+    numbers = np.stack([np.einsum("p,kpr->kr", seen, odd), np.einsum("p,kpr->kr", _REST, odd), error])
     mine = np.stack([numbers.sum(2), (numbers**2).sum(2)], axis=1)
     *sums, count, everyone = collectives.sum_scalars([*mine.ravel().tolist(), float(looked.shape[3]), float(total)])
     each = np.array(sums).reshape(mine.shape)
     wanted = everyone if size is None else float(size)
     slope, rest = (_mean_square(part, count, wanted) for part in each[:2])
+    slope = max(slope - rest * float(seen @ seen), 0.0) + rest
     bent = _mean_square(each[2], count, wanted, centred=one_sided) - rest * float(cubic @ cubic + square @ square)
     if one_sided:
         rest *= 2  # of one loss, not of half the difference of two

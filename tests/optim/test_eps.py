@@ -85,6 +85,18 @@ def test_a_warning_says_which_way_eps_is_wrong(estimator: Any) -> None:
     assert "warning" not in fine
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("estimator", [Spsa(), OneSided(4)])
+def test_rounding_does_not_pass_for_curvature(estimator: Any, seed: int) -> None:
+    def rough(model: nn.Module, batch: Any) -> Tensor:
+        y = model(batch["x"])
+        return y + 0.03 * (1e6 * y).sin()
+
+    found = eps.check(ms.MeZO(Vector(), eps=1e-3, seed=seed, estimator=estimator), {"x": X}, rough)
+    assert 0.05 < found.rounding < eps.TOO_MUCH
+    assert found.curvature < 0.15
+
+
 def test_a_loss_without_a_slope_is_said_to_have_none() -> None:
     assert str(checked(of_slope(lambda y: 0 * y))) == "eps 0.01: warning: the losses of the first rows have no slope"
     assert str(checked(of_slope(lambda y: y / 0))) == "eps 0.01: warning: the losses of the first rows are not finite"
