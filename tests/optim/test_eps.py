@@ -93,8 +93,8 @@ def test_rounding_does_not_pass_for_curvature(estimator: Any, seed: int) -> None
         return y + 0.03 * (1e6 * y).sin()
 
     found = eps.check(ms.MeZO(Vector(), eps=1e-3, seed=seed, estimator=estimator), {"x": X}, rough)
-    assert 0.05 < found.rounding < eps.TOO_MUCH
-    assert found.curvature < 0.15
+    assert found.rounding > 0.1
+    assert found.curvature < 0.2
 
 
 def test_a_loss_without_a_slope_is_said_to_have_none() -> None:
