@@ -18,7 +18,7 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import ShardingSection, means_disk
 from mezo_scale.recipe.reading import checked, parse_override, read_yaml
-from mezo_scale.recipe.tree import Real, Section
+from mezo_scale.recipe.sections import Real, Section
 
 SHIPPED = Path(__file__).with_name("sweeps")
 Item = TypeVar("Item")

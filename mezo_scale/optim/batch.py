@@ -7,7 +7,7 @@ have the same length. Text, numbers, None and tensors without dims belong to eve
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,17 @@ def repeat(batch: Batch, count: int) -> Batch:
 def take(batch: Batch, start: int, stop: int) -> Batch:
     """Rows ``start`` to ``stop``, views of the batch's own where they are tensors."""
     return _map(batch, lambda leaf: leaf[start:stop])
+
+
+def pick(batch: Batch, index: Sequence[int]) -> Batch:
+    """Rows by their numbers, in that order, each as often as it is named."""
+
+    def picked(leaf: Any) -> Any:
+        if isinstance(leaf, list | tuple):
+            return type(leaf)(leaf[row] for row in index)
+        return leaf[torch.tensor(index, device=leaf.device)] if isinstance(leaf, Tensor) else leaf[list(index)]
+
+    return _map(batch, picked)
 
 
 def _map(batch: Batch, of_leaf: Callable[[Any], Any]) -> Batch:

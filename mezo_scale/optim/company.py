@@ -42,6 +42,10 @@ class Company:
         """The step is over."""
         self._usual, self._begun, self._done = self._done, 0, 0
 
+    def forget(self) -> None:
+        """The calls so far were a check's: no other step makes them."""
+        self._begun = self._done = 0
+
     @property
     def is_whole(self) -> bool:
         """Whether no call failed halfway."""

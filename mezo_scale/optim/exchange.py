@@ -17,19 +17,28 @@ from mezo_scale.optim.reads import Reads
 from mezo_scale.trajectory import StepRecord
 
 
-def mean_losses(step: int, last: StepRecord | None, mine: Sums, reads: Reads, read: Collection[str]) -> list[float]:
+def mean_losses(
+    step: int,
+    last: StepRecord | None,
+    mine: Sums,
+    reads: Reads,
+    read: Collection[str],
+    group_size: int | None = None,
+) -> list[float]:
     """The mean loss over all ranks' rows in each branch, the same on all ranks. Every rank must call it, or `fail`.
 
     Args:
         last: the record before; the ranks compare it.
         mine: this rank's losses.
+        group_size: rows that every group must have; None: any number.
         reads: what the ranks know to be read; `read` of this rank is added.
 
     Raises:
-        RankError: a rank's ``last`` record is another one, or a rank has failed; it is named.
+        RankError: a rank's ``last`` record is another one, or a rank has failed; it is named. Or rows are missing.
         ViewError: no rank has read any of the parameters.
     """
-    (*sums, count), news = _exchange(step, last, [*mine.sums, mine.count], reads.news(read))
+    totals, news = _exchange(step, last, [*mine.sums, *mine.counts], reads.news(read))
+    sums, counts = totals[: len(mine.sums)], totals[len(mine.sums) :]
     if news:
         reads.agree(read)
     if len(reads.unread) == len(reads.names):
@@ -37,15 +46,38 @@ def mean_losses(step: int, last: StepRecord | None, mine: Sums, reads: Reads, re
             "the losses were computed without reading any of the model's trainable parameters: evaluate the model "
             "that the optimizer was made with"
         )
-    return [value / count for value in sums]
+    if group_size is not None and any(count != group_size for count in counts):
+        raise RankError(
+            f"step {step} lacks rows of a rank that failed in measure() (a group has {min(counts):g} rows, expected "
+            f"{group_size}): measure the step's rows again, on all ranks"
+        )
+    each = len(sums) // len(counts)
+    return [value / counts[branch // each] for branch, value in enumerate(sums)]
 
 
-def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float | None) -> bool:
+def count_rows(step: int, rows: int | None) -> list[int]:
+    """How many rows each rank has. Every rank must call it.
+
+    Args:
+        rows: of this rank; None: it has met an error, which it raises itself.
+
+    Raises:
+        RankError: on the other ranks, naming those with an error.
+    """
+    counts = collectives.gather_integers(-1 if rows is None else rows)
+    failed = [rank for rank, count in enumerate(counts) if count < 0]
+    if failed and rows is not None:
+        raise _failure(step, failed)
+    return counts
+
+
+def fail(step: int, last: StepRecord | None, numbers: int, *, patience_s: float | None) -> bool:
     """Tell the other ranks that this one has no losses for the step: they raise a `RankError` instead of waiting.
 
     Where they are in the middle of gathering weights with this rank, they can't be told that way.
 
     Args:
+        numbers: how many sums and counts the others would give.
         patience_s: how long to wait for them; None: as long as the process group does.
 
     Returns:
@@ -54,7 +86,7 @@ def fail(step: int, last: StepRecord | None, branches: int, *, patience_s: float
     if not collectives.is_distributed():
         return True
     try:
-        _exchange(step, last, [0.0] * (branches + 1), 0, failed=True, patience_s=patience_s)
+        _exchange(step, last, [0.0] * numbers, 0, failed=True, patience_s=patience_s)
     except RankError:
         return True
     except Exception:  # torch's own, of many kinds: the others did not come
@@ -86,14 +118,18 @@ def _exchange(
     *totals, digests, squares, newer, failures = collectives.sum_scalars(mine, timeout_s=patience_s)
     if failures:
         ranks = [rank for rank, other in enumerate(collectives.gather_integers(int(failed))) if other]
-        raise RankError(
-            f"rank {', '.join(map(str, ranks))} failed while it evaluated step {step}, and says why itself: the step "
-            "was taken on no rank"
-        )
+        raise _failure(step, ranks)
     # Equality in Cauchy-Schwarz: all digests are the same. In whole numbers, for any number of ranks.
     if int(squares) * collectives.world_size() != int(digests) ** 2:
         _check_same(collectives.gather_integers(digest), step - 1)
     return totals, newer > 0
+
+
+def _failure(step: int, ranks: list[int]) -> RankError:
+    return RankError(
+        f"rank {', '.join(map(str, ranks))} failed while it evaluated step {step}, and says why itself: the step was "
+        "taken on no rank"
+    )
 
 
 def _check_same(everyone: list[int], step: int) -> None:

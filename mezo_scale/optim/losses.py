@@ -5,15 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mezo_scale import collectives
-from mezo_scale.optim.batch import Batch, repeat, rows, take
+from mezo_scale.errors import RankError
+from mezo_scale.optim.batch import Batch, rows, take
 from mezo_scale.optim.company import Company
+from mezo_scale.optim.pieces import Forward, Piece, check_micro_batch
 from mezo_scale.perturbation import Branch, PairingError, View
 from mezo_scale.perturbation.pairing import in_words
 
@@ -24,37 +27,33 @@ Objective = Callable[[nn.Module, Any], Tensor]
 PROBE = 10.0
 """The start-up check perturbs this many eps: branches then differ by far more than two ways of computing one branch."""
 
+_FAILED = 2  # what a rank says of the start-up check that met an error; 1: it does not pair
+
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """One rank's losses: summed over its rows, one sum per branch, and how many rows that was."""
+    """One rank's losses: summed over its rows, one sum per branch, and how many rows that was.
+
+    Attributes:
+        sums: per branch.
+        counts: rows per group of rows: one number where all rows are in all branches, else one per direction.
+    """
 
     sums: list[float]
-    count: float
+    counts: list[float]
 
     def __add__(self, more: Sums) -> Sums:
-        """With those of more rows in the same branches."""
-        sums = [one + other for one, other in zip(self.sums, more.sums, strict=True)]
-        return Sums(sums, self.count + more.count)
+        """With those of more rows: in the same branches, and in those of groups that come after."""
+        sums, counts = (
+            [one + other for one, other in zip_longest(mine, theirs, fillvalue=0.0)]
+            for mine, theirs in ((self.sums, more.sums), (self.counts, more.counts))
+        )
+        return Sums(sums, counts)
 
     @property
     def mean(self) -> float:
         """Over rows and branches."""
-        return sum(self.sums) / (len(self.sums) * self.count)
-
-
-@dataclass(frozen=True, slots=True)
-class UnderWay:
-    """A step that is being measured: where, and this rank's losses there so far."""
-
-    seeds: tuple[int, ...]
-    eps: float
-    branches: list[Branch]
-    sums: Sums | None = None
-
-    def __add__(self, more: Sums) -> UnderWay:
-        """With the losses of more rows."""
-        return replace(self, sums=more if self.sums is None else self.sums + more)
+        return sum(self.sums) * len(self.counts) / (len(self.sums) * sum(self.counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +78,20 @@ class Evaluator:
         self.view = view
         self.paired = paired  # None until the start-up check has decided
         self.company = Company(model, view)
+        self._last: list[Branch] = []  # of the latest forward
 
-    def losses(self, work: Work, branches: Sequence[Branch]) -> Sums:
+    def losses(
+        self,
+        work: Work,
+        branches: Sequence[Branch],
+        forwards: Sequence[Forward] | None = None,
+        num_groups: int = 1,
+    ) -> Sums:
         """The losses in each branch, with the model in evaluation mode.
+
+        Args:
+            forwards: which rows of the batch are in the branches of which group; None: all in all.
+            num_groups: groups of rows that the branches are for, equally many for each.
 
         Raises:
             ValueError: neither a closure nor a batch with its objective, or both; or they can't be evaluated.
@@ -89,24 +99,41 @@ class Evaluator:
         with self.company.counted(), evaluating(self.model):
             match work:
                 case Work(None, batch, objective, micro_batch) if batch is not None and objective is not None:
-                    return self.of_batch(batch, objective, branches, micro_batch)
-                case Work(closure, None, None) if closure is not None:
+                    if forwards is None:
+                        pieces = self._pieces(batch, len(branches), micro_batch)
+                    else:
+                        each = len(branches) // num_groups
+                        pieces = [Piece.of_blocks(batch, forward, each) for forward in forwards]
+                    return self._of_pieces(pieces, objective, branches, num_groups)
+                case Work(closure, None, None) if closure is not None and forwards is None:
                     with torch.no_grad():
                         return self.of_closure(closure, branches)
         raise ValueError("step and measure take either a closure, or both batch and objective")
 
-    def of_batch(self, batch: Batch, objective: Objective, branches: Sequence[Branch], micro_batch: int | None) -> Sums:
-        """Losses of a batch: ``objective`` sees its rows once per branch, in pieces of ``micro_batch`` rows per
-        branch."""
-        pieces = self._pieces(batch, rows(batch), micro_batch)
+    def _of_pieces(
+        self, pieces: Sequence[Piece], objective: Objective, branches: Sequence[Branch], num_groups: int
+    ) -> Sums:
+        """Losses of a batch: ``objective`` sees each piece's rows once per branch that they are in."""
         if self.paired is None:
-            self.paired = self._check(pieces[0][0], objective, branches)
-        sums, count = [0.0] * len(branches), 0.0
-        for piece, weight in pieces:
-            losses = self._evaluate(piece, objective, branches) * weight
-            sums = [total + float(part) for total, part in zip(sums, losses.sum(dim=1).tolist(), strict=True)]
-            count += losses.shape[1] * weight
-        return Sums(sums, count)
+            self.paired = self._check(pieces[0].two_branches(), objective, branches)
+            self.company.forget()
+        sums, counts = [0.0] * len(branches), [0.0] * num_groups
+        for piece in pieces:
+            losses = self._evaluate(piece, objective, branches)
+            losses = losses * torch.tensor(piece.weights, dtype=losses.dtype, device=losses.device)
+            for branch, part in zip(piece.branches, losses.sum(dim=1).tolist(), strict=True):
+                sums[branch] += part
+            for group, count in piece.counts:
+                counts[group] += count
+        return Sums(sums, counts)
+
+    def per_row(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+        """Losses of a batch in each branch, float64 [branches, rows], outside of any step."""
+        piece = Piece.whole(batch, len(branches))
+        with evaluating(self.model):
+            if self.paired is None:
+                self.paired = self._check(piece.two_branches(), objective, branches)
+            return self._evaluate(piece, objective, branches)
 
     def of_closure(self, closure: Callable[[], Any], branches: Sequence[Branch]) -> Sums:
         """Losses of a closure, evaluated once per branch; a scalar counts as one row."""
@@ -118,76 +145,86 @@ class Evaluator:
                 raise ValueError("the closure returned an empty tensor: expected a scalar loss or per-row losses")
             sums.append(float(losses.sum()))
             count = float(losses.numel())
-        return Sums(sums, count)
+        return Sums(sums, [count])
 
-    def keep_company(self, branches: Sequence[Branch]) -> None:
+    def keep_company(self) -> None:
         """After a failure of this rank alone: gather with the others until they have their losses."""
         while self.view.gathers and self.company.left():
-            with self.company.counted(), self.view.branches(branches if self.paired else branches[:1]):
+            with self.company.counted(), self.view.branches(self._last):
                 self.company.call()
 
-    def _pieces(self, batch: Batch, total: int, micro_batch: int | None) -> list[tuple[Batch, float]]:
-        """(rows, weight) of each forward. Ranks with fewer rows repeat one at weight 0: all must gather equally
-        often."""
+    def _pieces(self, batch: Batch, branches: int, micro_batch: int | None) -> list[Piece]:
+        """The forwards of a batch whose rows are all in all branches. Ranks with fewer rows repeat one at weight 0: all
+        must gather equally often."""
+        total = rows(batch)
         if micro_batch is None:
-            return [(batch, 1.0)]
-        if micro_batch < 1:
-            raise ValueError(f"micro_batch is {micro_batch}: expected at least 1 row")
+            return [Piece.whole(batch, branches)]
+        check_micro_batch(micro_batch)
         count = -(-collectives.max_integer(total) // micro_batch)
-        pieces = [(take(batch, start, start + micro_batch), 1.0) for start in range(0, total, micro_batch)]
-        return pieces + [(take(batch, 0, 1), 0.0)] * (count - len(pieces))
+        starts = range(0, total, micro_batch)
+        pieces = [Piece.whole(take(batch, start, start + micro_batch), branches) for start in starts]
+        return pieces + [Piece.whole(take(batch, 0, 1), branches, counts=False)] * (count - len(pieces))
 
-    def _evaluate(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
-        """Per-row losses, float64 [branches, rows]."""
+    def _evaluate(self, piece: Piece, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+        """Per-row losses, float64 [the piece's branches, rows]."""
         if not self.paired:
-            return self._apart(batch, objective, branches)
+            return self._apart(piece, objective, branches)
         try:
-            return self._together(batch, objective, branches)
+            return self._together(piece, objective, branches)
         except PairingError as error:
             reason = str(error)
         except Exception as error:
             if self.view.gathers:  # ranks in the middle of a forward need each other: one can't begin another alone
                 raise
             reason = in_words(error)
-        losses = self._apart(batch, objective, branches)  # an error that is the model's own comes again here
+        losses = self._apart(piece, objective, branches)  # an error that is the model's own comes again here
         self._fall_back(reason)
         return losses
 
-    def _together(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
-        """All branches in one forward of a batch that is repeated once per branch."""
-        count = rows(batch)
-        tall = repeat(batch, len(branches))
-        with self.view.branches(branches):
+    def _together(self, piece: Piece, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+        """All the piece's branches in one forward, their rows one below the other."""
+        self._last, tall = [branches[branch] for branch in piece.branches], piece.tall()
+        with self.view.branches(self._last):
             losses = objective(self.model, tall)
-        return _per_row(losses, len(branches) * count).view(len(branches), count)
+        return _per_row(losses, len(self._last) * piece.rows).view(len(self._last), piece.rows)
 
-    def _apart(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
+    def _apart(self, piece: Piece, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """One forward per branch."""
-        count, parts = rows(batch), []
-        for branch in branches:
-            with self.view.branches([branch]):
-                parts.append(_per_row(objective(self.model, batch), count))
+        parts = []
+        for part, where in piece.parts():
+            for branch in where:
+                self._last = [branches[branch]]
+                with self.view.branches(self._last):
+                    parts.append(_per_row(objective(self.model, part), piece.rows))
         return torch.stack(parts)
 
-    def _check(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> bool:
+    def _check(self, piece: Piece, objective: Objective, branches: Sequence[Branch]) -> bool:
         """Whether pairing gives what one branch at a time gives, at perturbations large enough to tell rows apart.
 
-        Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together.
+        Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together; an
+        error of single branches is raised there, and a RankError on the others.
         """
-        probe = [(seed, PROBE * scale) for seed, scale in branches[:2]]
+        probe = [(seed, PROBE * scale) for seed, scale in branches]
         compared = getattr(objective, "smooth", objective)
-        apart = self._apart(batch, compared, probe)
         reason = ""
         try:
-            together = self._together(batch, compared, probe)
+            apart = self._apart(piece, compared, probe)
+        except Exception:
+            collectives.max_integer(_FAILED)
+            raise
+        try:
+            together = self._together(piece, compared, probe)
             if compared is not objective:
-                self._together(batch, objective, probe)  # it may take paths that the other does not
+                self._together(piece, objective, probe)  # it may take paths that the other does not
             tolerance = 1e-3 if _widest(self.view) == torch.float32 else 3e-2
             if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"
         except Exception as error:
             reason = in_words(error)
-        if collectives.max_integer(int(bool(reason))):
+        worst = collectives.max_integer(int(bool(reason)))
+        if worst == _FAILED:
+            raise RankError("another rank failed while it evaluated the first losses, and says why itself")
+        if worst:
             self._fall_back(reason or "another rank found so")
             return False
         return True

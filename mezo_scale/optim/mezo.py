@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from mezo_scale.errors import MezoError, ModelError
-from mezo_scale.noise import Noise, direction_seed
+from mezo_scale.noise import Noise
 from mezo_scale.optim import estimators, exchange, groups, rules, saved
 from mezo_scale.optim.batch import Batch
 from mezo_scale.optim.heartbeat import Heartbeat
-from mezo_scale.optim.losses import Evaluator, Objective, UnderWay, Work
+from mezo_scale.optim.losses import Evaluator, Objective, Work
+from mezo_scale.optim.measurement import Measurement, check_rows
 from mezo_scale.optim.opening import Start, take_up_
 from mezo_scale.optim.reads import Reads
 from mezo_scale.optim.replay import Progress, describe, manifest
@@ -94,6 +95,7 @@ class MeZO(torch.optim.Optimizer):
         saved.check_options(lr, eps, weight_decay, seed)
         self._estimator = estimators.chosen(estimator, num_directions)
         self._rule = rules.Sgd() if rule is None else rule
+        check_rows(self._estimator, model, logged=trajectory is not None)
         view = View(model, dtype=dtype, noise=Noise(distribution))
         given = params if params is not None else [{"params": groups.listed(view.layout)}]
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
@@ -101,7 +103,7 @@ class MeZO(torch.optim.Optimizer):
         self.eps, self.seed, self.step_count = eps, seed, 0
         self.last_record: StepRecord | None = None
         self._dtype, self._paired = dtype, paired
-        self._under_way: UnderWay | None = None
+        self._under_way: Measurement | None = None
         self._past: list[Measured] = []
         self._heartbeat = Heartbeat(hang_timeout)
         self._evaluator = Evaluator(model, view, paired=paired)
@@ -124,7 +126,7 @@ class MeZO(torch.optim.Optimizer):
 
     @property
     def num_directions(self) -> int:
-        """Directions per step."""
+        """Directions per step; 0 where the first step's rows decide it and it was not taken yet."""
         return self._estimator.num_directions
 
     @property
@@ -201,7 +203,7 @@ class MeZO(torch.optim.Optimizer):
         if not work.is_nothing():
             with self._heartbeat.inside(self.step_count):
                 self._measure_or_tell(work)
-        if self._under_way is None:
+        if self._under_way is None or self._under_way.sums is None:
             if any(float(group["lr"]) for group in self.param_groups):  # torch.distributed.checkpoint sets them to 0
                 warnings.warn("step() had nothing to apply: give a closure or a batch, or measure first", stacklevel=2)
             return 0.0
@@ -268,6 +270,7 @@ class MeZO(torch.optim.Optimizer):
         self._writer.load_state_(remainders)
         self.step_count, self.seed, self.eps = int(found["step_count"]), int(found["seed"]), float(found["eps"])
         self._under_way = None
+        self._estimator = estimators.settled(self._estimator, int(found["num_directions"]))
         self._past = [Measured(tuple(seeds), tuple(grads)) for seeds, grads in found["past"]]
         self._reads.take_up(found["unread"])
         self._publish()
@@ -293,9 +296,10 @@ class MeZO(torch.optim.Optimizer):
         """Look at the model again if it is no longer the one that was looked at. Raises before anything changes."""
         if self._writer.layout.is_current():
             return
-        if self._under_way is not None:
-            self._under_way = None
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None and under_way.sums is not None:
             raise ModelError("the model was wrapped, cast or loaded after it was measured: measure again")
+        check_rows(self._estimator, self.model, logged=self.trajectory is not None)
         old = self._writer
         view = View(self.model, dtype=self._dtype, noise=old.noise)
         check_not_hidden(old.layout, view.layout)
@@ -313,37 +317,34 @@ class MeZO(torch.optim.Optimizer):
 
     def _measure(self, work: Work) -> float:
         self._follow()
-        under_way = self._under_way or self._begun()
-        sums = self._evaluator.losses(work, under_way.branches)
-        self._under_way = under_way + sums
-        return sums.mean
+        self._under_way = self._under_way or self._begun()
+        return self._under_way.add(self._evaluator, work)
 
     def _measure_or_tell(self, work: Work) -> None:
         """`measure`; if it fails here, the other ranks are told before the error is raised."""
         try:
             self._measure(work)
         except Exception as error:
+            numbers = (self._under_way or self._begun()).numbers
             self._under_way = None
             patience_s = PATIENCE_S if self._evaluator.view.gathers else None
-            branches = self._begun().branches
             with suppress(Exception):  # it is the first error that counts
-                self._evaluator.keep_company(branches)
+                self._evaluator.keep_company()
             self._evaluator.company.finish()
-            if not exchange.fail(self.step_count, self.last_record, len(branches), patience_s=patience_s):
+            if not exchange.fail(self.step_count, self.last_record, numbers, patience_s=patience_s):
                 self._heartbeat.give_up(self.step_count, error)
             raise
 
-    def _begun(self) -> UnderWay:
+    def _begun(self) -> Measurement:
         """This step with nothing measured."""
-        seeds = tuple(direction_seed(self.seed, self.step_count, k) for k in range(self.num_directions))
-        return UnderWay(seeds, self.eps, self._estimator.branches(seeds, self.eps))
+        return Measurement(self._estimator, self.seed, self.step_count, self.eps)
 
-    def _record(self, under_way: UnderWay) -> StepRecord:
+    def _record(self, under_way: Measurement) -> StepRecord:
         """What the step does, the same on all ranks."""
-        assert under_way.sums is not None
-        step, read = self.step_count, self._evaluator.view.read
+        step = self.step_count
         with self._heartbeat.inside(step):
-            losses = exchange.mean_losses(step, self.last_record, under_way.sums, self._reads, read)
+            losses = under_way.mean_losses(self.last_record, self._reads, self._evaluator.view.read)
+        self._estimator = estimators.settled(self._estimator, len(under_way.seeds))
         grads = tuple(self._estimator.gradients(losses, under_way.eps))
         window = [Measured(under_way.seeds, grads), *self._past]
         return rules.record(step, self._rule, window, self.param_groups, sum(losses) / len(losses), self._reads.unread)

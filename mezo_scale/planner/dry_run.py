@@ -25,6 +25,7 @@ from mezo_scale import models
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import ShardingError
 from mezo_scale.optim.losses import Evaluator
+from mezo_scale.optim.pieces import Piece
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
 from mezo_scale.perturbation.scratch import Scratch
@@ -95,7 +96,7 @@ def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages"
     evaluator = Evaluator(model, view, paired=True)
     for _ in range(2):
         before = storages.gathered
-        evaluator._evaluate(batch, objective, branches)
+        evaluator._evaluate(Piece.whole(batch, len(branches)), objective, branches)
     gathered = storages.gathered - before
     seeds = tuple(dict.fromkeys(seed for seed, _ in branches))
     ones = (1.0,) * len(seeds)

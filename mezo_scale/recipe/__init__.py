@@ -1,16 +1,13 @@
-"""The recipe of a run: its fields (`tree`), its reading (`reading`) and its reference page (`reference`)."""
+"""The recipe of a run: its `sections`, the whole `tree`, its `reading` and its `reference` page."""
 
 from mezo_scale.recipe.paths import means_disk
 from mezo_scale.recipe.reading import load, parse
 from mezo_scale.recipe.reference import reference
+from mezo_scale.recipe.sections import ModelSection, ShardingSection, TaskSection, TuneSection
 from mezo_scale.recipe.tree import (
     RECIPE_FILE,
-    ModelSection,
     Option,
     Recipe,
-    ShardingSection,
-    TaskSection,
-    TuneSection,
     differences,
     dump,
     options,

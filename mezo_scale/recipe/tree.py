@@ -1,293 +1,28 @@
 """The recipe: everything a run is made of, as one strict tree.
 
-A recipe is a YAML file, safe-loaded, checked against the classes below and frozen; `key=value` on the command line
-overrides single fields. The descriptions under the fields are the only documentation of the options: `train --help`
-and docs/recipe.md are made from them.
+A recipe is a YAML file, safe-loaded, checked against the classes of `sections` and frozen; `key=value` on the command
+line overrides single fields.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticUndefined
 
+from mezo_scale.recipe.sections import (
+    ModelSection,
+    OptimizerSection,
+    OutputSection,
+    Section,
+    ShardingSection,
+    TaskSection,
+    TrainSection,
+    TuneSection,
+)
+
 RECIPE_FILE = "recipe.yaml"  # the name of the resolved recipe in a run directory
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-6, without a dot, as text.
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-def _printable(value: str) -> str:
-    if not value.isprintable() or any(len(part.encode()) > 255 for part in value.split("/")):
-        raise ValueError("expected a name of printable characters, no part of a path longer than 255 bytes")
-    return value
-
-
-Real = Annotated[float, BeforeValidator(_number)]
-Name = Annotated[str, AfterValidator(_printable)]
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe: unknown keys are refused and nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelSection(Section):
-    """The model that is tuned."""
-
-    name: Name = Field(
-        description="A folder with a Hugging Face checkpoint (safetensors), a name on the hub, or random:SHAPE, as in "
-        "random:opt-66b: random weights of a published shape, to rehearse with."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="What the weights are stored in. float32 is the master that loses no small update; the 16-bit "
-        "types halve the memory and lose most updates of a small learning rate.",
-    )
-    compute_dtype: Literal["bfloat16"] | None = Field(
-        None,
-        description="What the forward pass computes in; null means as stored. Under fsdp2 and hsdp the weights are "
-        "gathered in it (half the traffic), elsewhere it is autocast.",
-    )
-
-
-class TaskSection(Section):
-    """The task and its data."""
-
-    name: Name = Field(
-        "sentiment", description="Which task reads the data and poses the question; `mezo-scale tasks` lists them."
-    )
-    data: Name = Field(
-        description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
-        "with one such file each for train, validation and test; or the name of a dataset on the hub (all its splits)."
-    )
-    subset: Name | None = Field(
-        None, description="Only the rows whose `source` column says this; for a dataset on the hub its configuration."
-    )
-    template: str | None = Field(
-        None,
-        description="The prompt, with the example's fields in braces, used exactly as written (white space included); "
-        "null means the task's own.",
-    )
-    candidates: tuple[str, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=2,
-        description="The answers, one per label and in the order of the labels; null means the task's own. For tasks "
-        "that choose among the same answers for every row.",
-    )
-    label_column: Name | None = Field(
-        None, description="For choice: the column that says which candidate is right; null means label."
-    )
-    labels: tuple[str | int, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=2,
-        description="For choice: what that column holds, in the order of candidates; null means 0, 1, ... or the "
-        "candidates' own texts.",
-    )
-    answer_column: Name | None = Field(
-        None,
-        description="For answer: the column with the text that is right, or the list of them; null means answer.",
-    )
-    metric: Name | None = Field(
-        None,
-        description="What decides. Tasks that choose: accuracy (the default), macro_f1, balanced_accuracy; the last "
-        "two need candidates. Tasks that write: f1 (the default), exact_match.",
-    )
-    max_new_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens of an answer at most, within max_length; null means 16. For answers that are written.",
-    )
-    train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
-    dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
-    test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them. Likewise.")
-    k_per_class: int | None = Field(
-        None,
-        ge=1,
-        description="Few-shot: this many examples of each class to train on, and as many others for dev, in the place "
-        "of train and dev.",
-    )
-    split_seed: int = Field(0, ge=0, lt=2**63, description="Seed of the permutation that splits the examples.")
-    max_length: int = Field(
-        256,
-        ge=8,
-        description="Longest sequence in tokens; the beginning of a longer prompt is cut off. A model with a table of "
-        "positions must have as many.",
-    )
-
-
-class TuneSection(Section):
-    """What is tuned; the rest of the model is frozen. `docs/how-to/adapters.md` has an example of each."""
-
-    what: Literal["full", "lora", "prefix", "peft", "adapter", "head", "names"] = Field(
-        "full",
-        description="full: every weight. lora: low-rank matrices beside the model's own. prefix: keys and values "
-        "before every text. peft: another method of PEFT. adapter: an adapter that is there already. head: the output "
-        "embedding. names: the weights of some names.",
-    )
-    r: int = Field(8, ge=1, description="For lora: the rank.")
-    alpha: int = Field(16, ge=1, description="For lora: its output counts alpha / r times.")
-    target_modules: tuple[str, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=1,
-        description="For lora: names of the linear modules, or all-linear alone; null means PEFT's choice for the type "
-        "of model, mostly the query and value projections.",
-    )
-    num_virtual_tokens: int = Field(5, ge=1, description="For prefix: its length in tokens.")
-    peft: dict[str, Any] | None = Field(
-        None, description="For peft: the fields of PEFT's configuration, peft_type among them."
-    )
-    adapter: Name | None = Field(
-        None, description="For adapter: the folder of an adapter of model.name, with its adapter_config.json."
-    )
-    names: tuple[str, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=1,
-        description="For names: patterns of parameters' names, with * for any text, as in model.layers.0.*.",
-    )
-    init_seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Seed of a new adapter's weights; null means optimizer.seed."
-    )
-
-    @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
-        """A field of another `what` would be ignored in silence."""
-        for name, kinds in _FIELDS_OF.items():
-            is_given = getattr(self, name) != type(self).model_fields[name].default
-            if is_given and self.what not in kinds:
-                raise ValueError(f"expected {name} only where what is {' or '.join(kinds)}: leave one of them out")
-            if not is_given and kinds == (self.what,) and name == self.what:
-                raise ValueError(f"expected {name} as well, since what is {name}")
-        return self
-
-
-_FIELDS_OF = {
-    "r": ("lora",),
-    "alpha": ("lora",),
-    "target_modules": ("lora",),
-    "num_virtual_tokens": ("prefix",),
-    "peft": ("peft",),
-    "adapter": ("adapter",),
-    "names": ("names",),
-    "init_seed": ("lora", "prefix", "peft"),
-}
-"""Which values of `tune.what` look at a field."""
-
-
-class OptimizerSection(Section):
-    """MeZO."""
-
-    lr: Real = Field(1e-6, gt=0, allow_inf_nan=False, description="Learning rate.")
-    eps: Real = Field(1e-3, gt=0, allow_inf_nan=False, description="How far the weights are perturbed either way.")
-    weight_decay: Real = Field(
-        0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay; biases and normalisation are exempt."
-    )
-    num_directions: int = Field(1, ge=1, description="Random directions per step; each costs two forward passes.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the directions and of the order of the examples.")
-    rounding: Literal["nearest", "stochastic", "master"] = Field(
-        "nearest",
-        description="How 16-bit weights take an update. nearest loses most small ones, stochastic keeps them on "
-        "average; master keeps a float32 master of bfloat16 weights, at 2 bytes more per element. float32 weights "
-        "need none of it.",
-    )
-    distribution: Literal["normal", "rademacher"] = Field(
-        "normal", description="What directions are drawn from; rademacher is +1 and -1."
-    )
-    schedule: Literal["constant", "linear"] = Field(
-        "constant", description="The learning rate over the steps: as it is, or falling linearly towards 0."
-    )
-
-
-class TrainSection(Section):
-    """The run."""
-
-    steps: int = Field(20_000, ge=1, description="Steps in all, those of a continued run included.")
-    batch_size: int = Field(16, ge=1, description="Examples per step over all ranks together.")
-    micro_batch: int | None = Field(
-        None, ge=1, description="Examples per forward pass on one rank, to bound activation memory; null means all."
-    )
-    objective: Name | None = Field(
-        None,
-        description="What is minimised; null means the task's own. Tasks that choose: candidates (cross-entropy over "
-        "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
-        "on the right candidate's tokens, over the whole vocabulary; the default of copa and record), accuracy (1 "
-        "where a wrong one is chosen). Tasks that write: language_modeling (the loss on the first right answer; the "
-        "default), f1, exact_match (1 minus the score of what the model writes). All: module:function of your own, "
-        "which scores the texts that the model chooses or writes.",
-    )
-    eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
-    eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")
-    snapshot_every: int = Field(
-        500,
-        ge=0,
-        description="Steps between snapshots, checkpoints in the run directory from which a run goes on without "
-        "replaying all of its steps; 0 means never. Bits and results do not depend on them.",
-    )
-    keep_snapshots: int = Field(
-        2, ge=1, description="Snapshots that stay; for a moment there is one more. Each takes what a checkpoint does."
-    )
-    check_every: int = Field(
-        100,
-        ge=0,
-        description="Steps between comparisons of the weights among ranks that hold the same ones; 0 means only at the "
-        "start, before a snapshot and at the end.",
-    )
-    log_every: int = Field(10, ge=1, description="Steps between lines of progress where there is no terminal.")
-    max_skipped: int = Field(
-        10,
-        ge=1,
-        description="Steps in a row that may be skipped because a loss is not finite; after that many the run stops.",
-    )
-    hang_timeout: Real = Field(
-        600.0,
-        gt=0,
-        description="Seconds that a step may wait for a rank that has not entered it or no longer answers, or ten "
-        "times the slowest step before it if that is more; then the others name it and end.",
-    )
-
-
-class ShardingSection(Section):
-    """How the weights are spread over the ranks. Changes no result beyond rounding, and may change between sessions."""
-
-    strategy: Literal["single", "ddp", "fsdp2", "hsdp", "zero3"] = Field(
-        "single",
-        description="single: one rank holds the model. ddp: each rank does, and the rows are split; single on several "
-        "ranks is the same. fsdp2: sharded over all ranks. hsdp: sharded inside groups of "
-        "ranks, only scalars cross between the groups. zero3: DeepSpeed ZeRO-3.",
-    )
-    replicate: int | None = Field(
-        None, ge=1, description="For hsdp: how many copies of the model there are; null means one per node."
-    )
-    cpu_offload: bool = Field(False, description="For fsdp2 and hsdp on GPUs: keep the shards in host memory.")
-    ds_config: Name = Field("ds_configs/zero3.json", description="For zero3: DeepSpeed's own configuration file.")
-
-
-class OutputSection(Section):
-    """What is left behind."""
-
-    dir: Name | None = Field(None, description="The run directory; null means runs/ and the recipe's file name.")
-    checkpoint: bool = Field(
-        True, description="At the end, save an ordinary Hugging Face checkpoint in the run directory."
-    )
-    trackers: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"], ...] = (
-        Field(
-            (),
-            strict=False,
-            description="Where each step's numbers go besides metrics.jsonl and TensorBoard, as in [wandb]; log in to "
-            "them in their own ways.",
-        )
-    )
 
 
 class Recipe(Section):
@@ -353,7 +88,7 @@ def differences(recorded: Recipe, asked: Recipe) -> list[str]:
         for option in options()
         for section, name in [option.key.split(".")]
         if section not in ("sharding", "output")
-        and option.key not in free
+        and option.key not in {*free, "optimizer.check_eps"}
         and before[section][name] != after[section][name]
     ]
 

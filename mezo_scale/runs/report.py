@@ -7,6 +7,7 @@ from rich.table import Table
 
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.learning import estimator_of
 from mezo_scale.runs.memory import MEANING
 from mezo_scale.tasks.score import interval_key
 
@@ -90,6 +91,7 @@ def write_report(
         memory_gib: by phase, of the session that ends with this report.
     """
     _plot(run, results)
+    estimator = estimator_of(recipe)
     header, *rows = results_table(results)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)
@@ -98,8 +100,8 @@ def write_report(
         f"# {recipe.task.name} with {recipe.model.name}",
         "",
         f"MeZO, {_steps(results['tuned'])} of {recipe.train.batch_size} examples, lr {recipe.optimizer.lr:g}, "
-        f"eps {recipe.optimizer.eps:g}, {recipe.optimizer.num_directions} direction(s), seed {recipe.optimizer.seed}; "
-        f"{median}{layout}. {tuned}.",
+        f"eps {recipe.optimizer.eps:g}, {estimator.name}, {estimator.num_directions} direction(s), "
+        f"seed {recipe.optimizer.seed}; {median}{layout}. {tuned}.",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",

@@ -75,6 +75,10 @@ class Adapter(Protocol):
         """The parameters that lie inside others, frozen ones too."""
         return ()
 
+    def shares_rows(self, model: nn.Module) -> bool:
+        """Whether several ranks compute the losses of the same rows together, as under tensor parallelism."""
+        return False
+
     def storage(self, param: torch.Tensor) -> torch.Tensor:
         """The tensor whose memory holds the shard of a parameter that it owns: replaced, the layout is another."""
         return param

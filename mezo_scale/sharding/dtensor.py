@@ -49,6 +49,18 @@ class DTensors(Adapter):
     def storage(self, param: Any) -> torch.Tensor:
         return param._local_tensor  # type: ignore[no-any-return]
 
+    def shares_rows(self, model: nn.Module) -> bool:
+        """Not where all that is a DTensor is so by FSDP2, on the mesh whose ranks have rows of their own."""
+        units = [group for module in model.modules() if isinstance(module, FSDPModule) for group in _groups(module)]
+        own = {
+            param.sharded_param
+            for group in units
+            for param in group.fsdp_params
+            if param.sharded_param.device_mesh == group.mesh_info.mesh
+        }
+        self.reshard(model)
+        return any(isinstance(param, DTensor) and param not in own for param in model.parameters())
+
     def as_state(self, param: Any, elements: torch.Tensor) -> torch.Tensor:
         """A DTensor that is placed as the parameter is."""
         return DTensor.from_local(

@@ -51,6 +51,11 @@ def unwrap(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def share_rows(model: nn.Module) -> bool:
+    """Whether several ranks compute the losses of the same rows together, as under tensor parallelism."""
+    return any(adapter.shares_rows(model) for adapter in ADAPTERS)
+
+
 def movers() -> tuple[str, ...]:
     """How the names of the modules begin whose code moves shards."""
     return tuple(name for adapter in ADAPTERS for name in adapter.movers)

@@ -130,6 +130,60 @@ def test_an_exception_that_one_rank_catches_leaves_no_rank_waiting(ranks: Ranks,
     assert one[2] == two[2]  # and both go on
 
 
+def fails_at_first() -> tuple[str, float]:
+    """Rank 1 raises in the first evaluation of all; what each rank got, and the loss of the same step, taken again."""
+    opt = ms.MeZO(Optional(), lr=1e-3)
+    batch = {"x": torch.ones(2, 4), "extra": torch.ones(2, 4)}
+
+    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if dist.get_rank() == 1:
+            raise KeyError("on purpose")
+        return loss(model, batch)
+
+    try:
+        opt.step(batch=batch, objective=objective)
+        said = "nothing"
+    except (KeyError, RankError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, opt.step(batch=batch, objective=loss)
+
+
+def test_an_exception_in_the_very_first_evaluation_leaves_no_rank_waiting(ranks: Ranks) -> None:
+    one, two = ranks(2, fails_at_first)
+    assert one[0] == "RankError: another rank failed while it evaluated the first losses, and says why itself"
+    assert two[0] == "KeyError: 'on purpose'"
+    assert one[1] == two[1]
+
+
+def fails_after_the_check() -> tuple[str, float]:
+    """Rank 1 of a sharded model raises in the second step: the first one's calls were many, for it had the check."""
+    mezo.PATIENCE_S = 2.0
+    model = Optional()
+    for module in (model.first, model.second, model.head, model):
+        fully_shard(module)
+    opt = ms.MeZO(model, lr=1e-3)
+    batch = {"x": torch.ones(2, 4), "extra": torch.ones(2, 4)}
+    opt.step(batch=batch, objective=loss)
+
+    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if dist.get_rank() == 1:
+            raise KeyError("on purpose")
+        return loss(model, batch)
+
+    try:
+        opt.step(batch=batch, objective=objective)
+        said = "nothing"
+    except (KeyError, RankError) as error:
+        said = type(error).__name__
+    return said, opt.step(batch=batch, objective=loss)
+
+
+def test_the_calls_of_the_start_up_check_are_not_waited_for_in_the_next_step(ranks: Ranks) -> None:
+    one, two = ranks(2, fails_after_the_check)
+    assert (one[0], two[0]) == ("RankError", "KeyError")
+    assert one[1] == two[1]
+
+
 @pytest.mark.parametrize("text", ["soft prompt"])
 def test_whatever_the_tall_batch_alone_raises_is_a_reason_not_to_pair(text: str) -> None:
     class Repeats(nn.Module):

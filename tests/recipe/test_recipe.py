@@ -9,7 +9,7 @@ import yaml
 
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe.tree import TrainSection
+from mezo_scale.recipe.sections import TrainSection
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"model": {"name": "a/model"}, "task": {"data": "reviews.csv"}}

@@ -8,7 +8,7 @@ import torch
 
 from mezo_scale.distributed.layout import Axes
 from mezo_scale.recipe import parse
-from mezo_scale.runs.session import Trainer
+from mezo_scale.runs.trainer import Trainer
 from mezo_scale.tasks.kinds.candidates import Candidates, Encoded
 
 RECIPE = parse({"model": {"name": "m"}, "task": {"data": "d"}, "train": {"batch_size": 8}})

@@ -1,0 +1,56 @@
+"""What a recipe says of how a run learns: its estimator, and which examples make up which step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.optim.estimators import Estimator, Grouped, OneSided, Spsa
+from mezo_scale.recipe import Recipe
+from mezo_scale.tasks import Kind
+from mezo_scale.tasks.order import Order, labels_of
+
+
+def estimator_of(recipe: Recipe) -> Estimator:
+    """Raises RecipeError for fields that contradict each other."""
+    options, rows = recipe.optimizer, recipe.train.batch_size
+    name, size, directions = options.estimator, options.group_size, options.num_directions
+    if name != "grouped":
+        if size is not None:
+            raise RecipeError(
+                f"optimizer.group_size is {size}, but optimizer.estimator is {name}, which has no groups: leave it "
+                "out, or take estimator=grouped"
+            )
+        if name == "spsa":
+            return Spsa(directions)
+        if directions < 2:
+            raise RecipeError(
+                f"optimizer.num_directions is {directions}, but optimizer.estimator is one_sided, whose baseline is "
+                "the mean over 2 or more: take num_directions=4, which costs as much as spsa with 2"
+            )
+        return OneSided(directions)
+    if size is None:
+        raise RecipeError("optimizer.estimator is grouped, but there is no optimizer.group_size: give one, such as 4")
+    if directions != 1:
+        raise RecipeError(
+            f"optimizer.num_directions is {directions}, but optimizer.estimator is grouped, where they follow from the "
+            "groups: leave it out"
+        )
+    if rows % size:
+        raise RecipeError(
+            f"train.batch_size is {rows}, which optimizer.group_size {size} does not divide: take a multiple, so that "
+            "all groups are of one size"
+        )
+    return Grouped(size, rows)
+
+
+def order_of(recipe: Recipe, kind: Kind[Any, Any], rows: Sequence[Any]) -> Order:
+    """The order of a train split's rows. Raises RecipeError if it can't be balanced as asked."""
+    section = recipe.train
+    return Order(
+        recipe.optimizer.seed,
+        section.batch_size,
+        [kind.length(row) for row in rows],
+        labels_of(rows) if section.balance == "labels" else None,
+        recipe.optimizer.group_size,
+        section.sort_window,
+    )

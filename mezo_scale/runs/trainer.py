@@ -1,0 +1,310 @@
+"""One session of a run, from the model to the report: what goes on around the method, which is in the optimizer."""
+
+import gc
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezo_scale import models
+from mezo_scale.collectives import broadcast_bytes
+from mezo_scale.distributed import preflight
+from mezo_scale.distributed.signals import Interrupted, watch
+from mezo_scale.distributed.world import World
+from mezo_scale.models import save
+from mezo_scale.models.fingerprints import of_config, of_tokenizer
+from mezo_scale.models.tuning import sizes
+from mezo_scale.optim import eps
+from mezo_scale.optim.mezo import MeZO
+from mezo_scale.recipe import Recipe
+from mezo_scale.runs import snapshots
+from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
+from mezo_scale.runs.console import Screen, StepProgress
+from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.evaluate import evaluate
+from mezo_scale.runs.fitness import check_model
+from mezo_scale.runs.learning import estimator_of, order_of
+from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
+from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.rehearsal import rehearse
+from mezo_scale.runs.report import as_table, best_on_dev, results_table, write_report
+from mezo_scale.runs.skipping import Skips, count_skipped
+from mezo_scale.runs.splits import EncodedSplits
+from mezo_scale.sharding import shards
+from mezo_scale.sharding.frozen import frozen_parameters
+from mezo_scale.sharding.replicas import compare
+from mezo_scale.tasks import Kind, Score, objective_of
+from mezo_scale.tasks.encoding import Batch, to_device
+from mezo_scale.tasks.kinds.kind import Within
+from mezo_scale.tasks.order import Order, share
+
+
+class Trainer:
+    """One session of a run: from the base model to the end of the recipe's steps."""
+
+    def __init__(
+        self, recipe: Recipe, world: World, run: RunDirectory, kind: Kind[Any, Any], splits: EncodedSplits
+    ) -> None:
+        self.recipe, self.world, self.run, self.kind, self.splits = recipe, world, run, kind, splits
+        self.screen = Screen(world)
+        self.memory = PhaseMemory(world.device)
+        if world.ranks:
+            self.screen.show(preflight.table(world.ranks))
+        self.loaded, self.start = snapshots.load(recipe, world, run, self.screen)
+        model, begun = self.loaded.model, self.start.step if self.start else 0
+        take_up_adapter_(model, run)
+        compare(shards(model), frozen_parameters(model), begun)
+        self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
+        check_model(self.loaded, kind, splits.test, recipe)
+        stored = sum(shard.local.numel() for shard in shards(model))
+        self.screen.say(
+            f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
+            f"{self.loaded.strategy.layout}, {world.device.type}"
+        )
+        tuned, frozen = sizes(self.loaded.model)
+        self.tuned = f"Tuned ({recipe.tune.what}): {tuned:,} parameters; frozen: {frozen:,}"
+        if frozen:
+            self.screen.say(self.tuned)
+
+    def rehearse(self, done: int) -> None:
+        """All that goes before the first step; nothing is written. `done` steps are in the trajectory already."""
+        if done:
+            self.screen.say(f"{self.run.path} holds {done} steps of {self.recipe.train.steps} already")
+        rehearse(
+            self.recipe,
+            self.world,
+            self.loaded,
+            self.kind,
+            self.splits,
+            self.objective,
+            self._micro_batch(done),
+            self.screen,
+            self.memory,
+        )
+
+    def go(self, done: int) -> None:
+        """Trains, evaluates, reports. `done` steps are in the trajectory already."""
+        # What rank 0 finds decides: the others may not see its directory.
+        results = json.loads(broadcast_bytes(json.dumps(self.run.read_evaluation()).encode()))
+        if "zero_shot" not in results:
+            zero_shot = self._evaluate(self.splits.test, "zero-shot")
+            results["zero_shot"] = zero_shot.as_dict()
+            for name, baseline in self.kind.baselines(self.splits.train, self.splits.test).items():
+                results[name] = baseline.as_dict()
+            self.screen.say(f"zero-shot {zero_shot.main} on test: {zero_shot}")
+        if done:
+            begun, where = (self.start.step, f"snapshot step-{self.start.step}, ") if self.start else (0, "")
+            left = self.recipe.train.steps - done
+            self.screen.say(f"continuing {self.run.path}: {where}{done - begun} steps are replayed, {left} are left")
+        optimizer = self._optimizer()
+        assert optimizer.trajectory is not None, "a run keeps a log"
+        with optimizer.trajectory:  # no other process writes this directory until the report is there
+            self._tune(optimizer, results)
+            del optimizer
+            self._finish(results)
+
+    def _finish(self, results: dict[str, Any]) -> None:
+        """The checkpoint, the report, and what the screen shows of them."""
+        if self.recipe.output.checkpoint:
+            gc.collect()  # the optimizer's scratch and the last step's batch make room for what rank 0 gathers
+            with self.memory.phase(CHECKPOINT):
+                save.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
+        memory = self.memory.all_gib()
+        best = best_on_dev(self.run, results) if self.world.rank == 0 else None
+        results |= {"best": best} if best else {}
+        commands = self._commands(best)
+        if self.world.rank == 0:
+            write_report(
+                self.run,
+                self.recipe,
+                self.loaded.strategy.layout,
+                self.tuned,
+                self.run.add_evaluation(**results),
+                memory,
+                commands,
+            )
+        self.screen.show(as_table(results_table(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
+        if STEPS in memory:
+            peak, alone = memory[STEPS], memory[INFERENCE]
+            self.screen.say(f"peak memory per rank {peak:.2f} GiB; inference alone {alone:.2f} GiB (same batch)")
+        self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
+        for what, command in commands.items():
+            self.screen.say(f"{what}: {command}")
+
+    def _tune(self, optimizer: MeZO, results: dict[str, Any]) -> None:
+        """The steps that are left, and what the tuned model is worth, added to the results."""
+        steps = self.recipe.train.steps
+        if self.world.rank == 0:
+            self.run.describe(self.recipe, self.world)
+            self.run.add_evaluation(**results)
+        if optimizer.step_count < steps or results.get("tuned", {}).get("step") != steps:
+            skipped = self._train(optimizer)
+            tuned = self._evaluate(self.splits.test, "tuned")
+            results["tuned"] = {**tuned.as_dict(), "step": steps, "skipped": skipped}
+
+    def _optimizer(self) -> MeZO:
+        options = self.recipe.optimizer
+        if self.world.rank == 0:
+            self.run.create()
+        keep_adapter(self.loaded.model, self.loaded.tokenizer, self.run)
+        with self.screen.counting("replaying", "steps") as progress:
+            return MeZO(
+                self.loaded.model,
+                lr=options.lr,
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+                estimator=estimator_of(self.recipe),
+                seed=options.seed,
+                rounding=options.rounding,
+                distribution=options.distribution,
+                trajectory=self.run.trajectory,
+                dtype=self.loaded.scratch_dtype,
+                fingerprints=self._fingerprints(),
+                progress=progress,
+                hang_timeout=self.recipe.train.hang_timeout,
+                start=self.start,
+            )
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of what decides the losses besides the weights: a run does not go on with another."""
+        return {
+            "data": f"{self.splits.digest() % 2**64:016x}",
+            "config": of_config(models.checkpoints.find(self.recipe.model.name)),
+            "tokenizer": of_tokenizer(self.loaded.tokenizer),
+            **({} if self.kind.reward is None else {"objective": self.kind.reward.digest}),
+        }
+
+    def _train(self, optimizer: MeZO) -> int:
+        """The steps that are left. Returns how many of the run's steps were skipped (on rank 0)."""
+        recipe, total = self.recipe, self.recipe.train.steps
+        log = optimizer.trajectory
+        assert log is not None, "a run keeps a log"
+        skips = Skips(recipe.train.max_skipped, count_skipped(self.run.trajectory) if self.world.rank == 0 else 0)
+        metrics = Metrics(self.run, self.world, optimizer.step_count, recipe, log.header.run_id)
+        try:
+            with (
+                self.screen.steps(optimizer.step_count, total, recipe.train.log_every) as progress,
+                watch(self.world.store) as interruption,
+                self.memory.phase(STEPS),
+            ):
+                self._infer(optimizer.step_count)
+                self._check_eps(optimizer)
+                while optimizer.step_count < total:
+                    self._step(optimizer, metrics, progress, skips)
+                    self._keep(optimizer, progress)
+                    if number := interruption.after(optimizer.step_count):
+                        self._stop(optimizer.step_count, number)
+                optimizer.check_ranks()
+        finally:
+            metrics.close()
+        return skips.total
+
+    def _stop(self, step: int, number: int) -> None:
+        """Ends the session after a signal; the file in the run directory says that the run is not over."""
+        interrupted = Interrupted(number)
+        if self.world.rank == 0:
+            self.run.mark_interrupted(step, interrupted.signal)
+        self.screen.say(
+            f"stopped by {interrupted.signal} after step {step}; to go on from there: {self._train_command()}"
+        )
+        raise interrupted
+
+    def _infer(self, step: int) -> None:
+        """One forward pass with the weights as they are, on a step's rows: what its memory is compared with."""
+        batch = self._micro_batch(step)
+        with self.memory.phase(INFERENCE), torch.no_grad():
+            self.objective(self.loaded.model, batch)
+
+    def _check_eps(self, optimizer: MeZO) -> None:
+        """A line about eps, before the first step. Of an objective that jumps there is nothing to say."""
+        recipe = self.recipe
+        if recipe.optimizer.check_eps and optimizer.step_count == 0 and not hasattr(self.objective, "smooth"):
+            batch = self._batch(0)
+            self.screen.say(str(eps.check(optimizer, batch, self.objective, recipe.train.micro_batch)))
+
+    def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress, skips: Skips) -> None:
+        recipe, step = self.recipe, optimizer.step_count
+        lr = recipe.optimizer.lr * (1 - step / recipe.train.steps if recipe.optimizer.schedule == "linear" else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        start = time.perf_counter()
+        loss = optimizer.step(batch=self._batch(step), objective=self.objective, micro_batch=recipe.train.micro_batch)
+        seconds = time.perf_counter() - start
+        record = optimizer.last_record
+        assert record is not None, "a step was just taken"
+        grads = list(record.projected_grads)
+        metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds, skipped=record.skipped)
+        skips.count(record)
+        progress.advance(step + 1, loss, skips.total)
+        if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
+            memory_gib = self.memory.most_gib(STEPS)
+            with self.memory.phase(EVALUATION):
+                dev = evaluate(self.loaded, self.kind, self.splits.dev, recipe.train.eval_batch)
+            values = {f"dev_{name}": metric.value for name, metric in dev.metrics.items()}
+            metrics.log(step + 1, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
+            progress.note(f"step {step + 1}: {dev.main} on dev {dev}")
+
+    def _keep(self, optimizer: MeZO, progress: StepProgress) -> None:
+        """After a step: compares the weights among the ranks and saves a snapshot of them, if it is time."""
+        section, step = self.recipe.train, optimizer.step_count
+        compares, saves = (every and step % every == 0 for every in (section.check_every, section.snapshot_every))
+        saves = saves and snapshots.are_wanted(self.loaded.model)
+        if compares or saves:
+            optimizer.check_ranks()
+        if saves:
+            with self.memory.phase(CHECKPOINT):
+                progress.note(snapshots.write(optimizer, self.loaded, self.run, section.keep_snapshots))
+
+    @cached_property
+    def order(self) -> Order:
+        """Which examples make up which step."""
+        return order_of(self.recipe, self.kind, self.splits.train)
+
+    def _batch(self, step: int) -> Batch:
+        """This rank's rows of a step."""
+        axes = self.loaded.strategy.axes
+        rows = share(self.order.step(step), axes.rows_rank(self.world.rank), axes.rows_size)
+        chosen = [self.splits.train[row] for row in rows]
+        return to_device(self.kind.collate(chosen, self.recipe.train.objective), self.loaded.device)
+
+    def _micro_batch(self, step: int) -> Batch:
+        """The first of this rank's rows of a step, as many as run at once."""
+        rows = self.recipe.train.micro_batch
+        return {name: leaf[:rows] for name, leaf in self._batch(step).items()}
+
+    def _evaluate(self, rows: Sequence[Any], what: str) -> Score:
+        with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
+            return evaluate(self.loaded, self.kind, rows, self.recipe.train.eval_batch, progress)
+
+    def _train_command(self) -> str:
+        """What goes on with this run as it was started."""
+        launch = f"{_programs()}mezo-scale"
+        if self.world.size > 1:
+            launch = f"{_programs()}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
+        return f"{launch} train {shlex.quote(str(self.run.path))}"
+
+    def _commands(self, best: dict[str, Any] | None) -> dict[str, str]:
+        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed", self.run.path / "best")
+        base, log, out, out_best = (shlex.quote(str(name)) for name in names)
+        replay = f"{_programs()}mezo-scale replay --base {base} --trajectory {log}"
+        commands = {
+            "continue this run": f"{self._train_command()} train.steps={2 * self.recipe.train.steps}",
+            "rebuild its weights": f"{replay} --out {out}",
+        }
+        if best is not None:
+            commands["rebuild those best on dev"] = f"{replay} --until {best['step']} --out {out_best}"
+        return commands
+
+
+def _programs() -> str:
+    """The folder of this environment's commands, as a prefix; empty if it is on the PATH."""
+    programs = Path(sys.executable).parent
+    return "" if shutil.which("mezo-scale") == str(programs / "mezo-scale") else f"{os.path.relpath(programs)}/"

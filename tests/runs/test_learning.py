@@ -1,0 +1,102 @@
+"""How a recipe learns: every estimator in a run, what contradicts it, and what is said before the first step."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import Recipe, load
+from mezo_scale.runs.session import train
+from mezo_scale.trajectory import Trajectory
+
+MakeRecipe = Callable[..., Recipe]
+GROUPED = ("estimator=grouped", "group_size=2", "balance=labels", "sort_window=3")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+@pytest.mark.parametrize("options", [GROUPED, ("estimator=one_sided", "num_directions=3")], ids=lambda given: given[0])
+def test_a_run_of_any_estimator_in_two_sessions_is_the_run_in_one(
+    make_recipe: MakeRecipe, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_recipe(*options, "steps=4", "eval_every=0", f"output.dir={whole}"))
+    train(make_recipe(*options, "steps=2", "eval_every=0", f"output.dir={parts}"))
+    train(load(parts, ["steps=4"]))
+    one, other = (Trajectory.open(run / "trajectory.mezo") for run in (whole, parts))
+    assert one.records == other.records
+    assert one.header.num_directions == 3
+    assert one.header.estimator in ("grouped by 2", "one_sided")
+    found, expected = weights(parts), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert f"{one.header.estimator}, 3 direction(s)" in (whole / "report.md").read_text()
+
+
+def test_a_run_is_not_continued_with_other_groups_or_another_order(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(*GROUPED, "steps=1", "checkpoint=false"))
+    for change, said in [
+        ("group_size=6", "optimizer.group_size: 2, now 6"),
+        ("balance=none", "train.balance: 'labels', now 'none'"),
+        ("sort_window=0", "train.sort_window: 3, now 0"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            train(make_recipe(*GROUPED, "steps=2", change))
+    train(make_recipe(*GROUPED, "steps=2", "check_eps=false", "checkpoint=false"))
+
+
+def test_eps_is_checked_before_the_first_step_of_a_run_only(
+    make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_recipe("steps=1", "checkpoint=false"))
+    assert "eps 0.001: rounding " in capsys.readouterr().out
+    train(make_recipe("steps=2", "checkpoint=false"))
+    assert "rounding" not in capsys.readouterr().out
+
+
+def test_the_check_of_eps_changes_no_step(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    records = []
+    for check in ("true", "false"):
+        train(make_recipe(f"check_eps={check}", "checkpoint=false", f"output.dir={tmp_path / check}"))
+        records.append(Trajectory.open(tmp_path / check / "trajectory.mezo").records)
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["group_size=2"], "optimizer.group_size is 2, but optimizer.estimator is spsa, which has no groups"),
+        (["estimator=grouped"], "optimizer.estimator is grouped, but there is no optimizer.group_size: give one"),
+        (["estimator=grouped", "group_size=4"], "train.batch_size is 6, which optimizer.group_size 4 does not divide"),
+        (["estimator=grouped", "group_size=2", "num_directions=3"], "num_directions is 3, but .* grouped"),
+        (["estimator=one_sided"], "num_directions is 1, but optimizer.estimator is one_sided"),
+        (
+            ["estimator=grouped", "group_size=3", "balance=labels"],
+            "2, but optimizer.group_size is 3: take a multiple of 2",
+        ),
+        (["batch_size=5", "balance=labels"], "2, but train.batch_size is 5: take a multiple of 2"),
+    ],
+)
+def test_what_contradicts_the_estimator_is_refused_before_anything_is_written(
+    make_recipe: MakeRecipe, options: list[str], said: str
+) -> None:
+    recipe = make_recipe(*options)
+    with pytest.raises(RecipeError, match=said) as error:
+        train(recipe)
+    assert "\n" not in str(error.value)
+    assert not recipe.directory.exists()
+
+
+def test_the_metrics_have_a_slope_per_group(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(*GROUPED, "steps=2", "eval_every=0", "checkpoint=false")
+    train(recipe)
+    lines: list[dict[str, Any]] = [
+        json.loads(line) for line in (recipe.directory / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [len(line["projected_grads"]) for line in lines] == [3, 3]
