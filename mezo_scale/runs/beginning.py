@@ -61,8 +61,8 @@ def begun(base: str, records: Trajectory, adapter: Path | None) -> nn.Module:
     if lacking := [name for name in tuned if name not in here]:
         where = f"{base} with the adapter {adapter}" if adapter else base
         raise TrajectoryError(
-            f"the trajectory belongs to another model: it tunes {lacking[0]}, which {where} has not: give its base model "
-            f"and, if it tunes an adapter, the {ADAPTER_INIT} of its directory"
+            f"the trajectory belongs to another model: it tunes {lacking[0]}, which {where} has not: give its base "
+            f"model and, if it tunes an adapter, the {ADAPTER_INIT} of its directory"
         )
     tuning.only_(model, tuned)
     return model

@@ -92,7 +92,7 @@ def test_a_run_of_an_adapter_is_rebuilt_and_verified(tuned: Recipe, tmp_path: Pa
     moved.write_bytes((run / "trajectory.mezo").read_bytes())
     rebuild(base, moved, tmp_path / "begun", 0, run / "adapter_init")
     assert same(adapter(tmp_path / "begun"), adapter(run / "adapter_init"))
-    with pytest.raises(TrajectoryError, match=r"the run tunes .* has not: expected its base model and"):
+    with pytest.raises(TrajectoryError, match=r"it tunes .* has not: give its base model and"):
         rebuild(base, moved, tmp_path / "none", None)
 
 

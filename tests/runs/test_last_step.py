@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mezo_scale.distributed.world import World
@@ -15,7 +16,7 @@ from tests.support.pool import Ranks
 def train_apart(recipe: str, last: int) -> str:
     """A session in which rank 1 takes its last step with another learning rate."""
     step = session.Trainer._step
-    world = World(dist.get_rank(), dist.get_rank(), 2, 2, session.torch.device("cpu"))
+    world = World(dist.get_rank(), dist.get_rank(), 2, 2, torch.device("cpu"))
 
     def apart(self: session.Trainer, optimizer: Any, *rest: Any) -> None:
         if world.rank == 1 and optimizer.step_count == last - 1:

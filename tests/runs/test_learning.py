@@ -54,9 +54,9 @@ def test_a_run_is_not_continued_with_other_groups_or_another_order(make_recipe: 
 def test_eps_is_checked_before_the_first_step_of_a_run_only(
     make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(make_recipe("steps=1", "checkpoint=false"))
+    train(make_recipe("check_eps=true", "steps=1", "checkpoint=false"))
     assert "eps 0.001: rounding " in capsys.readouterr().out
-    train(make_recipe("steps=2", "checkpoint=false"))
+    train(make_recipe("check_eps=true", "steps=2", "checkpoint=false"))
     assert "rounding" not in capsys.readouterr().out
 
 
