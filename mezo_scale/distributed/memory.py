@@ -5,6 +5,8 @@ import gc
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +49,21 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
         return _status("VmRSS")
+
+
+@contextmanager
+def collecting_only_new_garbage() -> Iterator[None]:
+    """Inside, Python's collector looks at objects that were made inside only.
+
+    It looks at all of them otherwise, each time that a phase begins: the half million of torch, transformers and
+    DeepSpeed take it a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def keep_memory_steady() -> None:

@@ -3,7 +3,7 @@
 from mezo_scale import models
 from mezo_scale.collectives import max_integer
 from mezo_scale.distributed.layout import Strategy
-from mezo_scale.distributed.memory import keep_memory_steady
+from mezo_scale.distributed.memory import collecting_only_new_garbage, keep_memory_steady
 from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, load
@@ -55,7 +55,8 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
         if dry_run:
             trainer.rehearse(max_integer(done))
         else:
-            trainer.go(max_integer(done))
+            with collecting_only_new_garbage():
+                trainer.go(max_integer(done))
 
 
 def _steps_done(recipe: Recipe, run: RunDirectory) -> int:

@@ -1,13 +1,15 @@
 """Memory of a process: peaks between resets, and that it does not grow with every block that is freed."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import torch
 
-from mezo_scale.distributed.memory import PeakMemory
+from mezo_scale.distributed.memory import PeakMemory, collecting_only_new_garbage
 
 ROOT = Path(__file__).parents[2]
 # As in a step: large blocks come and go, and small ones that stay are made in between.
@@ -48,3 +50,21 @@ def test_a_process_does_not_grow_with_the_blocks_that_it_frees() -> None:
     assert done.returncode == 0, done.stderr
     grown_mib, _ = map(int, done.stdout.split())
     assert grown_mib < 64
+
+
+def test_inside_the_collector_looks_at_what_was_made_inside_and_afterwards_at_all() -> None:
+    class Knot:
+        """Holds itself."""
+
+        def __init__(self) -> None:
+            self.me = self
+
+    gc.collect()
+    outside, inside = weakref.ref(Knot()), None
+    with collecting_only_new_garbage():
+        assert outside() is None  # garbage of before is collected, not kept
+        frozen, inside = gc.get_freeze_count(), weakref.ref(Knot())
+        gc.collect()
+        assert inside() is None
+    assert frozen > 10_000
+    assert gc.get_freeze_count() == 0
