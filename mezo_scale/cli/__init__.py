@@ -10,6 +10,7 @@ from mezo_scale.cli import (  # noqa: F401  registers them
     evaluate,
     export,
     generate,
+    init,
     merge,
     plan,
     recipe,

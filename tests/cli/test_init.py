@@ -1,0 +1,133 @@
+"""`mezo-scale init`: a first recipe that trains as it is, from a model and a table alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cli.test_app import refused
+
+Run = Callable[..., tuple[int, str, str]]
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+
+
+def text(number: int) -> str:
+    return f"the {WORDS[number % 10]} {WORDS[number // 10 % 10]} of {WORDS[number // 100 % 10]}"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def written(run: Run, model: Path, data: Path, *options: object) -> dict[str, Any]:
+    out = data.with_suffix(".yaml")
+    code, said, err = run("init", model, data, "--out", out, *options)
+    assert (code, err) == (0, "")
+    assert f"next: mezo-scale train {out} --dry-run" in said
+    recipe: dict[str, Any] = yaml.safe_load(out.read_text())
+    return recipe
+
+
+def test_a_table_with_labels_becomes_a_choice_that_trains_as_it_is(
+    run: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "mail.csv"
+    rows = [f"{number},{text(number)},{('ham', 'spam')[number % 2]}" for number in range(60)]
+    data.write_text("id,text,kind\n" + "\n".join(rows) + "\n")
+    recipe = written(run, model_folder, data)
+    assert recipe["task"] == {
+        "name": "choice",
+        "data": str(data),
+        "template": "{text}\nKind:",
+        "candidates": [" ham", " spam"],
+        "label_column": "kind",
+        "labels": ["ham", "spam"],
+        "train": 42,
+        "dev": 6,
+        "test": 12,
+        "max_length": recipe["task"]["max_length"],
+    }
+    assert recipe["task"]["max_length"] % 16 == 0
+    assert recipe["sharding"]["strategy"] == "single"
+    code, said, _ = run("train", data.with_suffix(".yaml"), "steps=2", f"output.dir={tmp_path / 'run'}")
+    assert code == 0
+    assert "tuned, 2 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            lambda n: {"question": text(n), "answer": f"it is {text(n + 1)}"},
+            {"name": "answer", "template": "{question}\nAnswer:", "answer_column": "answer"},
+        ),
+        (
+            lambda n: {"a": text(n), "b": text(n + 3), "label": n % 3},
+            {
+                "name": "choice",
+                "template": "{a}\n{b}\nLabel:",
+                "candidates": [" 0", " 1", " 2"],
+                "labels": ["0", "1", "2"],
+            },
+        ),
+        (
+            lambda n: {"word": WORDS[n % 10] * (1 + n // 10), "stars": n % 5, "year": 1900 + n},
+            {"name": "choice", "template": "{word}\nStars:", "label_column": "stars"},
+        ),
+    ],
+)
+def test_what_is_to_be_learned_is_read_off_the_columns(
+    run: Run,
+    model_folder: Path,
+    tmp_path: Path,
+    row: Callable[[int], dict[str, Any]],
+    expected: dict[str, Any],
+) -> None:
+    data = write(tmp_path / "data.jsonl", [row(number) for number in range(40)])
+    task = written(run, model_folder, data)["task"]
+    assert {name: task[name] for name in expected} == expected
+
+
+def test_a_target_that_is_named_is_taken(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"text": text(n), "label": n % 2, "reply": text(n + 1)} for n in range(40)])
+    task = written(run, model_folder, data, "--target", "reply")["task"]
+    assert (task["name"], task["answer_column"], task["template"]) == ("answer", "reply", "{text}\nAnswer:")
+
+
+def test_a_folder_of_splits_keeps_them(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "parts.d"
+    folder.mkdir()
+    for part, (first, last) in {"train": (0, 30), "validation": (30, 40), "test": (40, 60)}.items():
+        write(folder / f"{part}.jsonl", [{"text": text(n), "label": n % 2} for n in range(first, last)])
+    task = written(run, model_folder, folder)["task"]
+    assert (task["train"], task["dev"], task["test"]) == (30, 10, 20)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        (
+            [{"x": text(n), "y": text(n + 1)} for n in range(40)],
+            (),
+            "which of the columns x, y is to be learned: say it",
+        ),
+        ([{"x": text(n), "label": n % 2} for n in range(40)], ("--target", "labl"), "--target"),
+        ([{"x": text(n), "label": n % 2} for n in range(8)], (), "has 8 different examples, expected 20 or more"),
+        ([{"n": n, "label": n % 2} for n in range(40)], (), "besides label no column has text"),
+    ],
+)
+def test_what_can_t_be_told_is_refused(
+    run: Run, model_folder: Path, tmp_path: Path, rows: list[dict[str, Any]], options: tuple[str, ...], said: str
+) -> None:
+    data = write(tmp_path / "data.jsonl", rows)
+    assert said in refused(run, tmp_path, "init", model_folder, data, "--out", tmp_path / "r.yaml", *options)
+
+
+def test_a_recipe_that_is_there_is_not_written_over(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"x": text(n), "label": n % 2} for n in range(40)])
+    (tmp_path / "r.yaml").write_text("mine: 1\n")
+    assert "is there already" in refused(run, tmp_path, "init", model_folder, data, "--out", tmp_path / "r.yaml")
