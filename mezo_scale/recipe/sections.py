@@ -246,8 +246,8 @@ class TrainSection(Section):
         None,
         description="What is minimised; null means the task's own. Tasks that choose: candidates (cross-entropy over "
         "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
-        "on the right candidate's tokens, over the whole vocabulary; the default of copa and record), accuracy (1 "
-        "where a wrong one is chosen). Tasks that write: language_modeling (the loss on the first right answer; the "
+        "on the right candidate's tokens, over the whole vocabulary; the default of copa, record and piqa), accuracy "
+        "(1 where a wrong one is chosen). Tasks that write: language_modeling (the loss on the first right answer; the "
         "default), f1, exact_match (1 minus the score of what the model writes). All: module:function of your own, "
         "which scores the texts that the model chooses or writes.",
     )

@@ -17,16 +17,22 @@ from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE
 from mezo_scale.tasks.reward import Reward, is_reward
 from mezo_scale.tasks.splits import Splits, read_examples, split
 from mezo_scale.tasks.suite import (
+    aqua,
     boolq,
     cb,
     copa,
     drop,
+    mnli,
     multirc,
+    piqa,
     record,
     rte,
     sentiment,
+    snli,
     squad,
     sst2,
+    sst5,
+    trec,
     wic,
     wsc,
 )
@@ -72,6 +78,12 @@ _TASKS: dict[str, Task] = {
     "record": record.TASK,
     "squad": squad.TASK,
     "drop": drop.TASK,
+    "sst5": sst5.TASK,
+    "trec": trec.TASK,
+    "snli": snli.TASK,
+    "mnli": mnli.TASK,
+    "piqa": piqa.TASK,
+    "aqua": aqua.TASK,
 }
 
 _LATER = {

@@ -24,6 +24,7 @@ def choice(
     told_apart_by: Sequence[str] = (),
     changes: Changes | None = None,
     aliases: Mapping[str, str] | None = None,
+    unlabelled: Sequence[object] = (),
 ) -> Task:
     """A task that chooses among the same few answers for every row.
 
@@ -34,10 +35,13 @@ def choice(
         told_apart_by: columns, where there are such, in which rows of one prompt may differ and be different questions.
         changes: what is done to the text of a column before it is posed.
         aliases: what some copies of the data call a column.
+        unlabelled: labels of rows that nobody could agree on: they are left out.
     """
 
-    def pose(section: TaskSection, row: Row) -> Example:
+    def pose(section: TaskSection, row: Row) -> Example | None:
         row = adapted(row, changes, aliases)
+        if row.fields.get("label") in unlabelled:
+            return None
         prompt, which = prompt_of(section, template, row), tuple(str(row.fields.get(name)) for name in told_apart_by)
         if section.candidates is not None:
             return Example(prompt, own_candidates(section), label_of(row, len(section.candidates), names), which=which)

@@ -33,7 +33,7 @@ class Splits(Generic[E]):
     test: tuple[E, ...]
 
 
-def read_splits(section: TaskSection, make: Callable[[Row], E]) -> Splits[E]:
+def read_splits(section: TaskSection, make: Callable[[Row], E | None]) -> Splits[E]:
     """Reads the data, as `read_examples` does, and splits it where it does not come split.
 
     Data with train and one other part has that one as the test; dev is dealt out of train.
@@ -119,14 +119,15 @@ def _check_labels(train: Sequence[E]) -> None:
         )
 
 
-def read_examples(section: TaskSection, make: Callable[[Row], E]) -> Mapping[str, Sequence[E]]:
+def read_examples(section: TaskSection, make: Callable[[Row], E | None]) -> Mapping[str, Sequence[E]]:
     """All examples in the order of the data: of a folder or the hub by the names in GIVEN, else under "all".
 
     Rows that ask the same count once, so that no split sees another's: of a folder the test part keeps them, then the
     validation part.
 
     Args:
-        make: the example of a row; raises RecipeError for a row that is not what it should be.
+        make: the example of a row, None for one that is left out; raises RecipeError for a row that is not what it
+            should be.
 
     Raises:
         RecipeError: the data is not there, a row is wrong, or two rows contradict each other.
@@ -137,6 +138,8 @@ def read_examples(section: TaskSection, make: Callable[[Row], E]) -> Mapping[str
         parts[name] = []
         for row in rows:
             example = make(row)
+            if example is None:
+                continue
             first, where = seen.setdefault(example.asked, (example, row))
             if where is row:
                 parts[name].append(example)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 SOME_TAKE = ("label_column", "labels", "answer_column")
 
 Pose = Callable[[TaskSection, Row], Any]
-"""The example of a row. Raises RecipeError if the row is not what it should be, or the section does not fit."""
+"""The example of a row, or None where a row has none.
+
+Raises RecipeError if the row is not what it should be, or the section does not fit.
+"""
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,48 @@ GOLDEN: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
         ["7", "seven"],
         None,
     ),
+    (
+        "sst5",
+        {"text": "a quick film ", "label": 2, "label_text": "neutral"},
+        "a quick film It was",
+        [" terrible", " bad", " okay", " good", " great"],
+        " okay",
+    ),
+    (
+        "trec",
+        {"text": "Who keeps the lamp ?", "label": 3, "fine_label": 29},
+        "Who keeps the lamp ?\nAnswer type:",
+        [" abbreviation", " thing", " description", " person", " place", " number"],
+        " person",
+    ),
+    (
+        "snli",
+        {"premise": "Orla keeps the lamp.", "hypothesis": "Nobody keeps it.", "label": 2},
+        'Orla keeps the lamp.\nDoes this mean that "Nobody keeps it." is true? Yes, Maybe, or No?\n',
+        ["Yes", "Maybe", "No"],
+        "No",
+    ),
+    (
+        "mnli",
+        {"premise": "Orla may keep it.", "hypothesis": "Orla keeps it.", "label": 1, "idx": 4},
+        'Orla may keep it.\nDoes this mean that "Orla keeps it." is true? Yes, Maybe, or No?\n',
+        ["Yes", "Maybe", "No"],
+        "Maybe",
+    ),
+    (
+        "piqa",
+        {"goal": "Light the lamp.", "sol1": "Use a match.", "sol2": "Use a spoon.", "label": 0},
+        "Goal: Light the lamp.\nSolution:",
+        [" Use a match.", " Use a spoon."],
+        " Use a match.",
+    ),
+    (
+        "aqua",
+        {"question": "What is 2 + 2?", "options": ["A)3", "B)4", "C)5"], "rationale": "Count.", "correct": "B"},
+        "Question: What is 2 + 2?\nOptions: A)3 B)4 C)5\nAnswer:",
+        [" A", " B", " C"],
+        " B",
+    ),
 ]
 
 ROWS = {task: row for task, row, *_ in reversed(GOLDEN)}

@@ -125,6 +125,10 @@ def test_a_column_without_text_is_refused(tmp_path: Path, name: str, column: str
             "has the answers_spans .*, expected a struct whose `spans` is a list of texts",
         ),
         ("squad", {"answers": [{"text": "Orla"}, {}]}, "has the answer None, expected text"),
+        ("trec", {"label": 6}, "has the label 6, expected 0 to 5"),
+        ("piqa", {"sol2": "Use a match."}, "has one text as sol1 and sol2"),
+        ("aqua", {"correct": "F"}, "has 'F' as correct, expected the letter of one of its options"),
+        ("aqua", {"options": ["A)1", "A)2"]}, "has 'B' as correct, expected the letter of one of its options"),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_in_one_line(
@@ -135,7 +139,7 @@ def test_a_row_that_does_not_fit_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["copa", "record"])
+@pytest.mark.parametrize("name", ["copa", "record", "piqa", "aqua"])
 def test_answers_that_are_in_the_rows_are_not_given_in_the_recipe(tmp_path: Path, name: str) -> None:
     with pytest.raises(RecipeError, match=rf"task\.candidates is given, but task\.name is {name}, which finds them in"):
         examples(tmp_path, name, ROWS[name], candidates=(" a", " b"))
@@ -276,3 +280,10 @@ def test_many_long_candidates_that_do_not_fit_are_named_in_a_line_that_can_be_re
     with pytest.raises(RecipeError, match=said) as refused:
         kind.encode(pose(tmp_path, "record", **changes | {"answers": ["Brem"]}))
     assert len(str(refused.value)) < 900
+
+
+@pytest.mark.parametrize("name", ["snli", "mnli"])
+@pytest.mark.parametrize("label", [-1, "-1"])
+def test_rows_without_a_label_that_people_agree_on_are_left_out(tmp_path: Path, name: str, label: object) -> None:
+    without = ROWS[name] | {"hypothesis": "It rains.", "label": label}
+    assert len(examples(tmp_path, name, without, ROWS[name])) == 1
