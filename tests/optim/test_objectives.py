@@ -131,8 +131,8 @@ def test_sequences_that_can_t_be_compared_are_refused() -> None:
         ms.objectives.candidates(net, rows)
     with pytest.raises(ValueError, match=r"label has shape \(3, 1\): expected one number per row, \(3,\)"):
         ms.objectives.candidates(net, {**rows, "label": torch.zeros(3, 1, dtype=torch.long)})
+    one = {name: value[:, :1] for name, value in rows.items()}
     with pytest.raises(ValueError, match="1 sequences per row"):
-        one = {name: value[:, :1] for name, value in rows.items()}
         ms.objectives.preferences(net, {**one, "reference_log_probs": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match="beta is 0: expected a number above 0"):
         ms.objectives.preferences(net, rows, beta=0)
