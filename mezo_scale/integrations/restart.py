@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from mezo_scale import collectives
@@ -42,7 +43,9 @@ def found(checkpoint: str | bool | None, output_dir: str) -> Path | None:
 
 
 @contextmanager
-def at(steps: int, log: str | os.PathLike[str], checkpoint: Path | None) -> Iterator[str | None]:
+def at(
+    steps: int, log: str | os.PathLike[str], checkpoint: Path | None, callbacks: Iterable[Any] = ()
+) -> Iterator[str | None]:
     """A folder to give to a Trainer, which takes its counts up from there: it is at the log's last step.
 
     Args:
@@ -50,11 +53,16 @@ def at(steps: int, log: str | os.PathLike[str], checkpoint: Path | None) -> Iter
         log: its path, for messages.
         checkpoint: of the run, at that step or before it: it gives what was logged, the best step, the states of random
             generators.
+        callbacks: of the Trainer, and its control: those with a state are named in it, as its checkpoints expect.
 
     Raises:
         TrajectoryError: the checkpoint is of a later step than the log's last.
     """
-    state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE))
+    if checkpoint is None:
+        stateful = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+        state = TrainerState(stateful_callbacks=stateful)
+    else:
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
     if state.global_step > steps:
         raise TrajectoryError(
             f"{checkpoint} was saved after step {state.global_step}, but the trajectory {log} holds {steps} steps: "

@@ -7,16 +7,15 @@
     class TunerConfig(MeZOArguments, SFTConfig): ...   # and its arguments
 
 Logging, evaluation, checkpoints, resuming, schedules and callbacks are the Trainer's. Several micro-batches
-(``gradient_accumulation_steps``) are one step, as ranks are. Inside a step the model is in evaluation mode, so trainers
-that log by mode (TRL's) log what they measure there under ``eval_``.
+(``gradient_accumulation_steps``) are one step, as ranks are. Inside a step the model is in evaluation mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +122,8 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
         # The last two are one thing: newer releases call it by the first of the two names.
         off: dict[str, Any] = {"max_grad_norm": 0.0, "activation_checkpointing": False, "gradient_checkpointing": False}
         unasked = {entry.name: entry.default for entry in dataclasses.fields(args)}  # some trainers clip by default
+        if unasked.get("gradient_checkpointing"):  # a default under the older name becomes a value under the newer
+            unasked["activation_checkpointing"] = True
         off["optim"] = unasked["optim"]  # none is made of it
         found = {name: getattr(args, name) for name in off if hasattr(args, name)}
         needless = [name for name, value in found.items() if value and value not in (unasked.get(name), off[name])]
@@ -182,7 +183,9 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
                 self._replayed = restart.steps_in(args.trajectory)
                 self._check_schedule()
                 undo.callback(self._let_go_of_the_log)
-                resume_from_checkpoint = undo.enter_context(restart.at(self._replayed, args.trajectory, checkpoint))
+                kept = [*self.callback_handler.callbacks, self.control]
+                folder = restart.at(self._replayed, args.trajectory, checkpoint, kept)
+                resume_from_checkpoint = undo.enter_context(folder)
             elif resume_from_checkpoint:
                 self._check_resumable()
             done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -254,7 +257,7 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
         mezo = _unwrapped(self.optimizer)
         pieces = self.current_gradient_accumulation_steps
         if self.objective is not None:
-            loss = mezo.measure(batch=inputs, objective=lambda _, batch: self._per_row(model, batch))
+            loss = mezo.measure(batch=inputs, objective=self._of_rows(model, self.objective))
             return torch.tensor(loss / pieces, device=self.args.device)
         # With the number of items, a loss is a part of the step's whole, and they add up; MeZO averages over pieces.
         is_part = getattr(self, "loss_is_scaled_for_ga", None)  # not every release has it
@@ -268,12 +271,32 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
                 loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             return loss.detach().double() * (pieces if is_part else 1)
 
-        return torch.tensor(mezo.measure(closure) / pieces, device=self.args.device)
+        with self._logged_as_training():
+            return torch.tensor(mezo.measure(closure) / pieces, device=self.args.device)
 
-    def _per_row(self, model: nn.Module, batch: Any) -> Tensor:
-        assert self.objective is not None
-        with self.compute_loss_context_manager():
-            return self.objective(model, batch)
+    @contextmanager
+    def _logged_as_training(self) -> Iterator[None]:
+        """TRL's trainers keep what they measure by the model's mode, and inside a step that is evaluation."""
+        kept = getattr(self, "_metrics", None)
+        if not isinstance(kept, dict) or not kept.keys() >= {"train", "eval"}:
+            yield
+            return
+        evaluated, kept["eval"] = kept["eval"], kept["train"]
+        try:
+            yield
+        finally:
+            kept["eval"] = evaluated
+
+    def _of_rows(self, model: nn.Module, objective: Objective) -> Objective:
+        """The objective on the Trainer's own model, wrapped as it is."""
+
+        def losses(_: nn.Module, batch: Any) -> Tensor:
+            with self.compute_loss_context_manager():
+                return objective(model, batch)
+
+        if (smooth := getattr(objective, "smooth", None)) is not None:
+            losses.smooth = self._of_rows(model, smooth)  # type: ignore[attr-defined]
+        return losses
 
 
 class MeZOTrainer(MeZOMixin, Trainer):  # type: ignore[misc]

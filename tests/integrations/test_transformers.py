@@ -148,6 +148,13 @@ def test_a_checkpoint_s_steps_are_not_replayed_twice(tmp_path: pathlib.Path, beh
     assert equal(weights, whole)
 
 
+def test_a_run_that_went_on_by_its_trajectory_saves_checkpoints_again(tmp_path: pathlib.Path) -> None:
+    trained(shuffled(tmp_path), stop_after=2)
+    again, _ = trained(shuffled(tmp_path, save_strategy="steps", save_steps=4))
+    assert again.state.global_step == 5
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
+
+
 def test_a_run_that_is_complete_takes_no_further_step(tmp_path: pathlib.Path) -> None:
     _, weights = trained(shuffled(tmp_path))
     again, same = trained(shuffled(tmp_path))

@@ -25,7 +25,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def config(folder: pathlib.Path, **more: Any) -> MeZOConfig:
+def config(folder: pathlib.Path, *, kind: type[MeZOConfig] = MeZOConfig, **more: Any) -> MeZOConfig:
     plain = {
         "output_dir": str(folder),
         "learning_rate": 1e-3,
@@ -41,7 +41,7 @@ def config(folder: pathlib.Path, **more: Any) -> MeZOConfig:
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
     }
-    return MeZOConfig(**{**plain, **more})
+    return kind(**{**plain, **more})
 
 
 def values(model: nn.Module) -> list[Tensor]:
