@@ -174,11 +174,12 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
         Raises:
             TrajectoryError: the checkpoint is of a later step than the trajectory's last; or as `mezo_scale.MeZO` does.
             ValueError: a checkpoint is given, and no trajectory, under DeepSpeed or with FSDP's FULL_STATE_DICT; or a
-                trajectory, with a schedule that follows metrics.
+                trajectory, with a schedule that follows metrics, in a search, or after this trainer has trained.
         """
         args: Any = self.args
         with ExitStack() as undo:
             if args.trajectory is not None:
+                self._check_is_first(kwargs.get("trial"))
                 checkpoint = restart.found(resume_from_checkpoint, args.output_dir)
                 self._replayed = restart.steps_in(args.trajectory)
                 self._check_schedule()
@@ -194,6 +195,16 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
             if mezo.trajectory is not None:
                 mezo.trajectory.close()
             return done
+
+    def _check_is_first(self, trial: Any) -> None:
+        if trial is not None:
+            raise ValueError(
+                "a search over hyperparameters has many runs, a trajectory is of one: leave out one of both"
+            )
+        if self.optimizer is not None:
+            raise ValueError(
+                "this trainer has trained already, so its model is not the base: make another, with the base model"
+            )
 
     def _check_schedule(self) -> None:
         kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
@@ -242,6 +253,9 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
         """The Trainer's, which would take a step too many where a resumed run has none left."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, *_: Any, **__: Any) -> None:
+        """There is none to log, nor to gather."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's. DeepSpeed's engine has no optimizer to save; the trajectory holds what it takes to go on."""

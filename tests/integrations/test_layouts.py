@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import mezo_scale as ms
+from mezo_scale.errors import ShardingError
 from mezo_scale.integrations.transformers import MeZOTrainer
 from tests.integrations.trainers import Rows, StopAfter, config, equal, values
-from tests.support import models
+from tests.support import material, models
 from tests.support.pool import Ranks
 
 STAGE3 = {
@@ -163,6 +164,19 @@ def test_a_checkpoint_that_can_t_be_taken_up_alone_is_refused_with_the_way_out(
 ) -> None:
     for said in ranks(2, refusals, layout=layout, base=base, folder=tmp_path, fresh=True):
         assert remedy in said
+
+
+def tied_apart(base: str) -> str:
+    model = AutoModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(fsdp_size=2))
+    with pytest.raises(ShardingError) as refused:
+        ms.MeZO(model)
+    return str(refused.value)
+
+
+def test_a_tied_table_that_two_units_of_fsdp_pad_apart_is_refused(ranks: Ranks, tmp_path: pathlib.Path) -> None:
+    folder = material.write_model("llama", tmp_path / "tied")  # 301 rows on two ranks
+    for said in ranks(2, tied_apart, base=str(folder)):
+        assert "(301, 32) is a tied weight in two units of FSDP2" in said
 
 
 REFUSED = {

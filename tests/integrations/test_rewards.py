@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 import mezo_scale as ms
 from mezo_scale.integrations.rewards import RewardMeZOConfig, RewardMeZOTrainer, Written
 from mezo_scale.integrations.transformers import MeZOTrainer
+from tests.integrations.test_layouts import ARGUMENTS, whole
 from tests.integrations.trainers import Rows, config, equal, values
 from tests.support import material, models
 from tests.support.pool import Ranks
@@ -215,19 +217,21 @@ def too_few(**_: Any) -> list[float]:
     return [1.0]
 
 
-def on_rank(model_folder: pathlib.Path, folder: pathlib.Path) -> tuple[list[Tensor], bool]:
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    before = values(model)
-    tuned(model, AutoTokenizer.from_pretrained(model_folder), rewarded(folder, max_steps=2, temperature=1.0))
-    return values(model), equal(values(model), before)
+def on_rank(layout: str, model_folder: pathlib.Path, folder: pathlib.Path) -> list[Tensor]:
+    args = rewarded(folder, max_steps=2, temperature=1.0, **ARGUMENTS[layout])
+    sharded = DistributedConfig(fsdp_size=2) if layout == "fsdp2-loaded" else None
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, distributed_config=sharded)
+    trainer = tuned(model, AutoTokenizer.from_pretrained(model_folder), args, eval_dataset=PROMPTS[:2])
+    assert math.isfinite(trainer.evaluate()["eval_reward"])
+    return whole(trainer.model)
 
 
-def test_ranks_write_for_rows_of_their_own_and_step_alike(
-    ranks: Ranks, tmp_path: pathlib.Path, model_folder: pathlib.Path
-) -> None:
-    (one, unmoved), (other, _) = ranks(2, on_rank, model_folder=model_folder, folder=tmp_path, fresh=True)
+@pytest.mark.parametrize("layout", ["plain", "fsdp2-loaded", "zero3"])
+def test_ranks_write_for_rows_of_their_own_and_step_alike(ranks: Ranks, tmp_path: pathlib.Path, layout: str) -> None:
+    folder = material.write_model("llama-untied", tmp_path / "base")
+    one, other = ranks(2, on_rank, layout=layout, model_folder=folder, folder=tmp_path, fresh=True)
     assert equal(one, other)
-    assert not unmoved
+    assert not equal(one, values(material.build("llama-untied")))
 
 
 def test_an_objective_that_jumps_is_checked_by_its_smooth_one(tmp_path: pathlib.Path) -> None:

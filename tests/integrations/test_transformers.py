@@ -181,6 +181,24 @@ def test_a_schedule_that_follows_metrics_is_not_taken_up_from_a_trajectory(tmp_p
     assert len(ms.Trajectory.open(tmp_path / "t.mezo")) == 2
 
 
+def test_a_trajectory_is_of_one_run_from_the_base_model(tmp_path: pathlib.Path) -> None:
+    trainer, _ = trained(shuffled(tmp_path))
+    with pytest.raises(
+        ValueError, match="this trainer has trained already, so its model is not the base: make another"
+    ):
+        trainer.train()
+    fresh = MeZOTrainer(models.build("llama"), shuffled(tmp_path), train_dataset=Rows(6))
+    with pytest.raises(ValueError, match="a search over hyperparameters has many runs, a trajectory is of one"):
+        fresh.train(trial=object())
+    assert len(ms.Trajectory.open(tmp_path / "t.mezo")) == 5
+
+
+def test_no_norm_of_gradients_is_logged(tmp_path: pathlib.Path) -> None:
+    trainer = MeZOTrainer(models.build("llama"), config(tmp_path), train_dataset=Rows(6))
+    trainer.train()
+    assert not any("grad_norm" in entry for entry in trainer.state.log_history)
+
+
 def test_a_run_that_failed_lets_go_of_its_trajectory(tmp_path: pathlib.Path) -> None:
     class Fails(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
