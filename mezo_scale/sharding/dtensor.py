@@ -73,13 +73,24 @@ class DTensors(Adapter):
         )
 
     def prepare(self, model: nn.Module) -> None:
-        """FSDP2's parameters get the storage that its first forward would give them."""
+        """FSDP2's parameters get the storage that its first forward would give them.
+
+        Raises:
+            ShardingError: two units keep a weight, each in a padded storage of its own, of which one would get stale.
+        """
         self.reshard(model)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                for group in _groups(module):
-                    for param in group.fsdp_params:
-                        param.reset_sharded_param()  # pads what was loaded later; else the first forward moves it
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        # Modules that were given as one unit have one group.
+        kept = dict.fromkeys(param for unit in units for group in _groups(unit) for param in group.fsdp_params)
+        for param in kept:
+            param.reset_sharded_param()  # pads what was loaded later; else the first forward moves it
+        for weight in {param.sharded_param for param in kept if _is_padded(param.sharded_param)}:
+            if sum(param.sharded_param is weight for param in kept) > 1:
+                raise ShardingError(
+                    f"{tuple(weight.shape)} is a tied weight in two units of FSDP2, and does not divide by the ranks: "
+                    "each unit pads a copy of its own. Give fully_shard the modules that share it as one unit, or take "
+                    "a number of ranks that divides its rows"
+                )
 
     def reshard(self, model: nn.Module) -> None:
         """The root, and units that keep their gathered weights after a forward, would not see a write."""
@@ -148,6 +159,12 @@ def _replica(mesh: DeviceMesh, coordinate: Sequence[int], placements: Any) -> in
         if isinstance(placement, Replicate):
             number = number * int(size) + position
     return number
+
+
+def _is_padded(weight: DTensor) -> bool:
+    """Whether the ranks' parts are of unequal sizes: asked of the whole, so that all ranks say the same."""
+    cuts = zip(weight.placements, weight.device_mesh.shape, strict=True)
+    return any(isinstance(placement, Shard) and weight.shape[placement.dim] % size for placement, size in cuts)
 
 
 def _groups(module: FSDPModule) -> list[Any]:

@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 import pathlib
-import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.distributed import DistributedConfig
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mezo_scale as ms
-from mezo_scale.integrations.transformers import MeZOConfig, MeZOTrainer
+from mezo_scale.errors import TrajectoryError
+from mezo_scale.integrations.transformers import MeZOTrainer
+from tests.integrations.trainers import Rows, StopAfter, config, equal, values
 from tests.support import models
-from tests.support.launch import Launch
-
-
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Texts of one length, each its own labels."""
-
-    def __init__(self, count: int) -> None:
-        self.ids = torch.randint(5, 60, (count, 8), generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
-def config(folder: pathlib.Path, **more: Any) -> MeZOConfig:
-    plain = {
-        "output_dir": str(folder),
-        "learning_rate": 1e-3,
-        "eps": 1e-2,
-        "seed": 7,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-    }
-    return MeZOConfig(**{**plain, **more})
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [param.detach().clone() for param in model.parameters()]
-
-
-def equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def by_hand(rows: Rows, steps: int, size: int) -> list[Tensor]:
@@ -145,15 +103,112 @@ def test_it_evaluates_and_takes_the_best_weights_back(tmp_path: pathlib.Path) ->
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
+def shuffled(folder: pathlib.Path, **more: Any) -> Any:
+    """Of a run of 5 steps over shuffled rows, with a schedule: an epoch has 3 steps."""
+    plain = {"max_steps": 5, "lr_scheduler_type": "linear", "train_sampling_strategy": "random"}
+    return config(folder, trajectory=str(folder / "t.mezo"), **plain, **more)
+
+
+def trained(arguments: Any, stop_after: int | None = None, resume: Any = None) -> tuple[Any, list[Tensor]]:
+    """A run from the base model: its trainer, and the weights at its end."""
+    model = models.build("llama")
+    callbacks = [] if stop_after is None else [StopAfter(stop_after)]
+    trainer = MeZOTrainer(model, arguments, train_dataset=Rows(6), eval_dataset=Rows(2), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, values(model)
+
+
 def test_its_trajectory_gives_the_weights_again(tmp_path: pathlib.Path) -> None:
-    model, log = models.build("llama"), tmp_path / "t.mezo"
-    trainer = MeZOTrainer(model, config(tmp_path / "out", trajectory=str(log)), train_dataset=Rows(6))
-    trainer.train()
+    _, weights = trained(shuffled(tmp_path))
     again = models.build("llama")
-    ms.replay(again, log)
-    assert equal(values(again), values(model))
-    with pytest.raises(ValueError, match="resume_from_checkpoint loads weights of a later step"):
-        trainer.train(resume_from_checkpoint=True)
+    assert ms.replay(again, tmp_path / "t.mezo") == 5
+    assert equal(values(again), weights)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch, at its end, in the next one
+def test_a_run_goes_on_after_the_last_step_of_its_trajectory(tmp_path: pathlib.Path, stop: int) -> None:
+    _, whole = trained(shuffled(tmp_path / "whole"))
+    first, _ = trained(shuffled(tmp_path / "parts"), stop_after=stop)
+    again, weights = trained(shuffled(tmp_path / "parts"))
+    assert first.state.global_step == stop
+    assert again.state.global_step == len(ms.Trajectory.open(tmp_path / "parts" / "t.mezo")) == 5
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == list(range(stop + 1, 6))
+    assert equal(weights, whole)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_checkpoint_s_steps_are_not_replayed_twice(tmp_path: pathlib.Path, behind: int) -> None:
+    _, whole = trained(shuffled(tmp_path / "whole"))
+    saving = {"save_strategy": "steps", "save_steps": 3 - behind}
+    trained(shuffled(tmp_path / "parts", **saving), stop_after=3)
+    checkpoint = tmp_path / "parts" / f"checkpoint-{3 - behind}"
+    again, weights = trained(shuffled(tmp_path / "parts"), resume=str(checkpoint))
+    assert again.state.global_step == len(ms.Trajectory.open(tmp_path / "parts" / "t.mezo")) == 5
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry][-2:] == [4, 5]
+    assert equal(weights, whole)
+
+
+def test_a_run_that_went_on_by_its_trajectory_saves_checkpoints_again(tmp_path: pathlib.Path) -> None:
+    trained(shuffled(tmp_path), stop_after=2)
+    again, _ = trained(shuffled(tmp_path, save_strategy="steps", save_steps=4))
+    assert again.state.global_step == 5
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_a_run_that_is_complete_takes_no_further_step(tmp_path: pathlib.Path) -> None:
+    _, weights = trained(shuffled(tmp_path))
+    again, same = trained(shuffled(tmp_path))
+    assert again.state.global_step == len(ms.Trajectory.open(tmp_path / "t.mezo")) == 5
+    assert equal(same, weights)
+
+
+def test_a_checkpoint_of_a_later_step_than_the_trajectory_s_is_refused(tmp_path: pathlib.Path) -> None:
+    trained(shuffled(tmp_path / "one", save_strategy="steps", save_steps=3), stop_after=3)
+    (tmp_path / "one" / "t.mezo").unlink()
+    checkpoint = tmp_path / "one" / "checkpoint-3"
+    with pytest.raises(TrajectoryError, match=r"checkpoint-3 was saved after step 3, but the trajectory .* 0 steps"):
+        trained(shuffled(tmp_path / "one"), resume=str(checkpoint))
+    assert not (tmp_path / "one" / "t.mezo").exists()
+    with pytest.raises(ValueError, match="nowhere holds no trainer_state.json"):
+        trained(shuffled(tmp_path / "one"), resume=str(tmp_path / "nowhere"))
+
+
+def test_a_schedule_that_follows_metrics_is_not_taken_up_from_a_trajectory(tmp_path: pathlib.Path) -> None:
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    trained(shuffled(tmp_path), stop_after=2)
+    with pytest.raises(ValueError, match="lr_scheduler_type is reduce_lr_on_plateau, which follows the metrics of the"):
+        trained(config(tmp_path, trajectory=str(tmp_path / "t.mezo"), **plateau))
+    assert len(ms.Trajectory.open(tmp_path / "t.mezo")) == 2
+
+
+def test_a_trajectory_is_of_one_run_from_the_base_model(tmp_path: pathlib.Path) -> None:
+    trainer, _ = trained(shuffled(tmp_path))
+    with pytest.raises(
+        ValueError, match="this trainer has trained already, so its model is not the base: make another"
+    ):
+        trainer.train()
+    fresh = MeZOTrainer(models.build("llama"), shuffled(tmp_path), train_dataset=Rows(6))
+    with pytest.raises(ValueError, match="a search over hyperparameters has many runs, a trajectory is of one"):
+        fresh.train(trial=object())
+    assert len(ms.Trajectory.open(tmp_path / "t.mezo")) == 5
+
+
+def test_no_norm_of_gradients_is_logged(tmp_path: pathlib.Path) -> None:
+    trainer = MeZOTrainer(models.build("llama"), config(tmp_path), train_dataset=Rows(6))
+    trainer.train()
+    assert not any("grad_norm" in entry for entry in trainer.state.log_history)
+
+
+def test_a_run_that_failed_lets_go_of_its_trajectory(tmp_path: pathlib.Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise RuntimeError("after a step")
+
+    trainer = MeZOTrainer(models.build("llama"), shuffled(tmp_path), train_dataset=Rows(6), callbacks=[Fails()])
+    with pytest.raises(RuntimeError, match="after a step"):
+        trainer.train()
+    again, _ = trained(shuffled(tmp_path))
+    assert again.state.global_step == 5
 
 
 def test_what_is_for_gradients_is_refused_or_left_out(tmp_path: pathlib.Path) -> None:
@@ -169,43 +224,19 @@ def test_what_is_for_gradients_is_refused_or_left_out(tmp_path: pathlib.Path) ->
         trainer = MeZOTrainer(model, arguments)
     assert (trainer.args.max_grad_norm, trainer.args.activation_checkpointing) == (0, False)
     assert isinstance(trainer, Trainer)
+    with pytest.warns(UserWarning, match="^optim: for gradients"):
+        MeZOTrainer(model, config(tmp_path, optim="sgd"))
 
 
-def main(layout: str, folder: str) -> None:
-    """What each rank of a launch runs, over gloo: whether the weights moved, and by as much as on the other rank."""
-    dist.init_process_group("gloo")
-    sharded = DistributedConfig(fsdp_size=2) if layout == "fsdp2" else None
-    rows, model = Rows(12), AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharded)
-    before = [whole(param) for param in model.parameters()]
-    trainer = MeZOTrainer(model, config(pathlib.Path(folder) / "out"), train_dataset=rows)
-    trainer.train()
-    after = [whole(param) for param in trainer.model.parameters()]
-    moved = sum(float((a - b).abs().sum()) for a, b in zip(after, before, strict=True))
-    everyone: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(everyone, moved)
-    kinds = f"{type(trainer.model_wrapped).__name__} of {type(next(model.parameters()).data).__name__}"
-    sys.stdout.write(f"{kinds} moved {moved > 0} alike {len(set(everyone)) == 1}\n")
-    dist.destroy_process_group()
+def test_what_nobody_asked_for_is_not_said(tmp_path: pathlib.Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = MeZOTrainer(models.build("llama"), config(tmp_path))
+    assert trainer.args.max_grad_norm == 0
 
 
-def whole(param: Tensor) -> Tensor:
-    """All of a parameter, wherever its parts are."""
-    full = param.full_tensor() if isinstance(param, DTensor) else param
-    return full.detach().clone()
-
-
-@pytest.mark.parametrize(
-    ("layout", "kinds"),
-    [("ddp", "DistributedDataParallel of Tensor"), ("fsdp2", "FSDPLlamaForCausalLM of DTensor")],
-)
-def test_on_two_ranks_the_weights_move_and_alike(
-    launch: Launch, tmp_path: pathlib.Path, layout: str, kinds: str
-) -> None:
-    models.build("llama").save_pretrained(tmp_path)
-    done = launch("torchrun", "--nproc-per-node", "2", "-m", "tests.integrations.test_transformers", layout, tmp_path)
-    assert done.code == 0, done.output
-    assert done.output.count(f"{kinds} moved True alike True") == 2, done.output
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def test_checkpointing_that_the_model_has_on_changes_no_step(tmp_path: pathlib.Path) -> None:
+    rows, model = Rows(6), models.build("llama")
+    model.activation_checkpointing_enable()
+    MeZOTrainer(model, config(tmp_path), train_dataset=rows).train()
+    assert equal(values(model), by_hand(rows, steps=3, size=2))

@@ -26,7 +26,12 @@ class Decoded:
 
 @torch.no_grad()
 def greedy(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, ends: Callable[[int], bool]
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_new_tokens: int,
+    ends: Callable[[int], bool],
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> Decoded:
     """Writes on after each row, the likeliest token every time, until a token that `ends` it.
 
@@ -37,6 +42,7 @@ def greedy(
 
     Args:
         input_ids, attention_mask: int64 [rows, tokens], padded on the left.
+        weigh: float32 logits [rows, vocabulary] -> what to take the largest of instead; called once per token.
     """
     rows = input_ids.shape[0]
     tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -45,7 +51,7 @@ def greedy(
     for _ in range(max_new_tokens):
         output = forward(model, seen, attention_mask, 1, use_cache=True, **_cached(cache))
         logits = output.logits[:, -1].float()
-        chosen = logits.argmax(-1)
+        chosen = (logits if weigh is None else weigh(logits)).argmax(-1)
         sound = logits.isfinite().all(-1).tolist()
         for row, token in enumerate(chosen.tolist()):
             finite[row] &= sound[row] or not open_[row]
