@@ -24,6 +24,7 @@ import torch.distributed as dist
 from mezo_scale import collectives
 
 BEAT_S = 2.0
+_LAST_CALL_S = 10.0
 SLOWEST = 10
 """A step may take this many times as long as the slowest one before it, whatever the timeout says."""
 
@@ -130,10 +131,18 @@ class Heartbeat:
             store = collectives.store()
             if store is not None:
                 vigil = _Vigil(store, collectives.rank(), collectives.world_size(), self.timeout_s)
-                weakref.finalize(self, vigil.ended.set)
-                threading.Thread(target=vigil.watch, name="mezo heartbeat", daemon=True).start()
+                thread = threading.Thread(target=vigil.watch, name="mezo heartbeat", daemon=True)
+                weakref.finalize(self, _finish, vigil, thread)
+                thread.start()
                 self._vigil = vigil
         return self._vigil
+
+
+def _finish(vigil: _Vigil, thread: threading.Thread) -> None:
+    """Ends the thread, and waits for it: at the interpreter's end one that is in a call of the store would abort."""
+    vigil.ended.set()
+    if thread is not threading.current_thread():
+        thread.join(_LAST_CALL_S)
 
 
 def _end(reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mezo_scale as ms
 from mezo_scale.optim import heartbeat, mezo
-from tests.support.launch import Launch
+from tests.support.launch import ROOT, Launch
 from tests.support.pool import Ranks
 
 
@@ -100,3 +101,34 @@ def test_a_step_shorter_than_a_beat_says_nothing_to_anybody(ranks: Ranks) -> Non
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+LEAVES_IN_A_BEAT = """
+import datetime
+import time
+import torch.distributed as dist
+from mezo_scale import collectives
+from mezo_scale.optim import heartbeat
+
+
+class Slow:
+    def __init__(self):
+        self.store = dist.TCPStore("127.0.0.1", 0, 1, True)
+
+    def set(self, *_):
+        self.store.wait(["never"], datetime.timedelta(seconds=1))
+
+
+heartbeat.BEAT_S = 1e-3
+store = Slow()
+collectives.is_distributed, collectives.store = lambda: True, lambda: store
+collectives.rank, collectives.world_size = lambda: 0, lambda: 2
+beats = heartbeat.Heartbeat(600.0)
+beats._begun().entered = time.monotonic()
+time.sleep(0.3)
+"""
+
+
+def test_a_process_may_end_while_its_thread_is_in_a_call_of_the_store() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVES_IN_A_BEAT], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
