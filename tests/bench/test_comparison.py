@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -225,6 +226,13 @@ def test_the_papers_settings_that_come_along_are_valid(run: Run, name: str, tmp_
     asked = comparison.load(tmp_path / f"{name}.yaml")
     assert asked.cells == comparison.load(name).cells
     assert {"mezo", "mezo-lora", "mezo-prefix"} <= {cell.label for cell in asked.cells}
+
+
+def test_the_comparison_that_the_page_shows_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "compare.md").read_text()
+    (text,) = re.findall(r"^```yml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "compare.yaml").write_text(text)
+    assert len(comparison.load(tmp_path / "compare.yaml").cells) == 1 + 3 + 1 + 6 + 6
 
 
 def test_the_papers_grids_are_the_papers() -> None:
