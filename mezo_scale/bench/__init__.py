@@ -7,4 +7,5 @@
 - rivals: MeZO as published, the same on shards, AdamW
 - figures: what is said of the rows: medians, ratios, efficiency, and the planner's figure beside it
 - report: all of it as JSON, CSV and Markdown; plots draws
+- comparison: a file that multiplies methods by seeds and rates; comparing runs it, comparison_report has its table
 """

@@ -141,7 +141,7 @@ def _measured(cell: Cell, launch: Sequence[str], folder: Path, limit_s: float) -
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
+            end_launch(process)
     text = log.read_text(errors="replace")
     answer = _answer(text, cell, code, f"took longer than {limit_s:.3g} s", log)
     if "reason" not in answer:
@@ -162,8 +162,8 @@ def _answer(text: str, cell: Cell, code: int | None, late: str, log: Path) -> Ro
     failed = [(str(one["reason"]), int(one["rank"])) for one in said if "reason" in one]
     own = [(reason, rank) for reason, rank in failed if not _is_consequence(reason)]
     ends = [(int(code), int(rank)) for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", text)]
-    killed = [(_killed(end), rank) for end, rank in ends if end < 0 and -end != signal.SIGTERM]
-    unknown = late if code is None else _killed(code) if code < 0 else ""
+    killed = [(killed_by(end), rank) for end, rank in ends if end < 0 and -end != signal.SIGTERM]
+    unknown = late if code is None else killed_by(code) if code < 0 else ""
     reason, rank = (own or killed or (failed if code is not None else []) or [(unknown, -1)])[0]
     if not reason:
         scheduler = re.search(r"^(?:srun|slurmstepd): error: (.+)$", text, re.MULTILINE)
@@ -171,7 +171,7 @@ def _answer(text: str, cell: Cell, code: int | None, late: str, log: Path) -> Ro
     return {"reason": f"rank {rank}: {reason}" if cell.world_size > 1 and rank >= 0 else reason}
 
 
-def _killed(code: int) -> str:
+def killed_by(code: int) -> str:
     why = " (out of memory, if the kernel did it)" if -code == signal.SIGKILL else ""
     return f"killed by {signal.Signals(-code).name}{why}"
 
@@ -181,7 +181,7 @@ def _is_consequence(reason: str) -> bool:
     return any(word in reason for word in ("Connection closed", "Connection reset", "DistBackendError", "gloo"))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_launch(process: subprocess.Popen[bytes]) -> None:
     """Ends a launch and whatever it has started on this machine; on others srun does."""
     if process.poll() is not None:
         return

@@ -7,6 +7,7 @@ from typing import Any
 
 from mezo_scale.cli import (  # noqa: F401  registers them
     bench,
+    compare,
     evaluate,
     export,
     generate,

@@ -1,5 +1,6 @@
 """The recipe of a run: its `sections`, the whole `tree`, its `reading` and its `reference` page."""
 
+from mezo_scale.recipe.method import MethodSection, looks_at, takes_steps
 from mezo_scale.recipe.paths import means_disk
 from mezo_scale.recipe.reading import load, parse
 from mezo_scale.recipe.reference import reference
@@ -15,6 +16,7 @@ from mezo_scale.recipe.tree import (
 
 __all__ = [
     "RECIPE_FILE",
+    "MethodSection",
     "ModelSection",
     "Option",
     "Recipe",
@@ -24,8 +26,10 @@ __all__ = [
     "differences",
     "dump",
     "load",
+    "looks_at",
     "means_disk",
     "options",
     "parse",
     "reference",
+    "takes_steps",
 ]

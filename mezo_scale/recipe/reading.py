@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe.plain_yaml import read
-from mezo_scale.recipe.tree import RECIPE_FILE, Recipe, options
+from mezo_scale.recipe.tree import RECIPE_FILE, Recipe, ignored, options
 
 Kind = TypeVar("Kind", bound=BaseModel)
 _PAGE = "docs/recipe.md lists them all"
@@ -62,7 +62,14 @@ def parse(tree: dict[str, Any], origin: str = "the recipe") -> Recipe:
     """Checks a tree of plain values. Raises RecipeError, in one line that names the key."""
     # A section whose fields are all commented out is read as null.
     whole = {key: {} if value is None else value for key, value in tree.items()}
-    return checked(Recipe, whole, origin, [*Recipe.model_fields, *(option.key for option in options())])
+    recipe = checked(Recipe, whole, origin, [*Recipe.model_fields, *(option.key for option in options())])
+    for key in ignored(recipe):
+        section, name = key.split(".")
+        raise _refusal(
+            f"{origin}: {key} is {getattr(getattr(recipe, section), name)!r}, but method.name is {recipe.method.name}, "
+            "which has no use for it: leave one of them out"
+        )
+    return recipe
 
 
 def checked(kind: type[Kind], tree: Any, origin: str, known: Sequence[str], elsewhere: str = _PAGE) -> Kind:

@@ -180,7 +180,7 @@ _FIELDS_OF = {
 
 
 class OptimizerSection(Section):
-    """MeZO."""
+    """MeZO. AdamW takes lr, weight_decay, seed and schedule from here, in-context learning the seed of its draws."""
 
     lr: Real = Field(1e-6, gt=0, allow_inf_nan=False, description="Learning rate.")
     eps: Real = Field(1e-3, gt=0, allow_inf_nan=False, description="How far the weights are perturbed either way.")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
+from mezo_scale.recipe.method import SECTIONS, MethodSection, looks_at, takes_steps
 from mezo_scale.recipe.sections import (
     ModelSection,
     OptimizerSection,
@@ -31,6 +32,7 @@ class Recipe(Section):
     model: ModelSection
     task: TaskSection
     tune: TuneSection = TuneSection()
+    method: MethodSection = MethodSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     sharding: ShardingSection = ShardingSection()
@@ -93,6 +95,18 @@ def differences(recorded: Recipe, asked: Recipe) -> list[str]:
     ]
 
 
+def ignored(recipe: Recipe) -> Iterator[str]:
+    """The fields that say something other than their default, and that the recipe's method does not look at."""
+    for section in SECTIONS:
+        values = getattr(recipe, section)
+        for name, field in type(values).model_fields.items():
+            key = f"{section}.{name}"
+            if not looks_at(recipe.method.name, key) and getattr(values, name) != field.default:
+                yield key
+    if not takes_steps(recipe.method.name) and recipe.tune.what not in ("full", "adapter"):
+        yield "tune.what"
+
+
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(get_args(annotation))
@@ -108,4 +122,4 @@ def _type(annotation: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -13,7 +13,7 @@ from mezo_scale import collectives, models
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.world import process_group
-from mezo_scale.errors import NotFiniteError
+from mezo_scale.errors import NotFiniteError, RecipeError
 from mezo_scale.models import Loaded
 from mezo_scale.optim.replay import replay
 from mezo_scale.recipe import Recipe
@@ -69,7 +69,16 @@ def evaluate(
 
 
 def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Score, int]:
-    """The score of a recipe's model; of a run's, after the steps in its directory. Returns it and those steps."""
+    """The score of a recipe's model; of a run's, after the steps in its directory. Returns it and those steps.
+
+    Raises:
+        RecipeError: its method has no steps that could be replayed.
+    """
+    if recipe.method.name not in ("mezo", "zero_shot"):
+        raise RecipeError(
+            f"method.name is {recipe.method.name}, whose result is in {recipe.directory} alone: read its report.md, or "
+            "evaluate a checkpoint by model.name and method.name=zero_shot"
+        )
     run = RunDirectory(recipe.directory)
     keep_memory_steady()
     with process_group(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:

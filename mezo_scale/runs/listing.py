@@ -10,7 +10,7 @@ from rich.table import Table
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.report import main_metric
+from mezo_scale.runs.report import RESULTS, main_metric
 from mezo_scale.trajectory import Trajectory
 
 _PLACES = ("output.dir",)  # fields that say where a run lies, not what it is
@@ -26,11 +26,15 @@ def find(folder: Path) -> list[Path]:
         raise RecipeError(f"{folder} is no folder: give the one that your runs lie in")
     found = []
     for name, inner, files in os.walk(folder):
-        if recipes.RECIPE_FILE in files and RunDirectory(Path(name)).trajectory.name in files:
+        run = RunDirectory(Path(name))
+        if recipes.RECIPE_FILE in files and {run.trajectory.name, run.metrics.name} & set(files):
             found.append(Path(name))
             inner.clear()
     if not found:
-        raise RecipeError(f"{folder} holds no run: expected folders with {recipes.RECIPE_FILE} and trajectory.mezo")
+        raise RecipeError(
+            f"{folder} holds no run: expected folders with {recipes.RECIPE_FILE} and trajectory.mezo, or "
+            f"{RunDirectory(folder).metrics.name} of a baseline"
+        )
     return sorted(found)
 
 
@@ -38,9 +42,10 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """One entry per run.
 
     Returns:
-        run; steps (done) and of (asked for); s_per_step (median, None before the first); metric (its name), zero_shot,
-        dev (the last one) and tuned, each None until it is known; every recipe field in which the runs differ, by its
-        key; and error, in the place of all but `run`, where a run can't be read.
+        run; steps (done) and of (asked for), None where a method takes none; s_per_step (median, None before the
+        first); metric (its name), zero_shot, dev (the last one) and tuned (what the method came to), each None until it
+        is known; every recipe field in which the runs differ, by its key; and error, in the place of all but `run`,
+        where a run can't be read.
     """
     entries = [_entry(run) for run in runs]
     fields = {option.key for option in recipes.options()} - set(_PLACES)
@@ -101,7 +106,10 @@ def _entry(run: Path) -> dict[str, Any]:
     files = RunDirectory(run)
     try:
         recipe = recipes.load(run)
-        done = len(Trajectory.open(files.trajectory))
+        lines, method = files.read_metrics(), recipe.method.name
+        done = (
+            len(Trajectory.open(files.trajectory)) if method == "mezo" else max((at["step"] for at in lines), default=0)
+        )
     except MezoError as error:
         return {"run": str(run), "error": str(error)}
     tree = {
@@ -109,19 +117,19 @@ def _entry(run: Path) -> dict[str, Any]:
         for section, fields in recipe.model_dump().items()
         for name, value in (fields or {}).items()
     }
-    results, lines = files.read_evaluation(), files.read_metrics()
+    results, steps = files.read_evaluation(), recipes.takes_steps(method)
     metric = main_metric(results.get("zero_shot", {}))
-    seconds = sorted(line["seconds"] for line in lines if "seconds" in line)
+    seconds = sorted(line["seconds"] for line in lines if steps and "seconds" in line)
     dev = [line[f"dev_{metric}"] for line in lines if line.get(f"dev_{metric}") is not None]
     return {
         "run": str(run),
-        "steps": done,
-        "of": recipe.train.steps,
+        "steps": done if steps else None,
+        "of": recipe.train.steps if steps else None,
         "s_per_step": seconds[len(seconds) // 2] if seconds else None,
         "metric": metric,
         "zero_shot": results.get("zero_shot", {}).get(metric),
         "dev": dev[-1] if dev else None,
-        "tuned": results.get("tuned", {}).get(metric),
+        "tuned": results.get(RESULTS[method], {}).get(metric),
         "recipe": tree,
     }
 

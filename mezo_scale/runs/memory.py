@@ -19,7 +19,7 @@ MEANING = {
     LOADING: "up to the first forward pass",
     EVALUATION: "of the dev and test splits, train.eval_batch examples at a time",
     INFERENCE: "one forward pass with the weights as they are, on the rows of the first training step",
-    STEPS: "all branches of every step, and the writing of the weights",
+    STEPS: "all passes of every step, and the writing of the weights",
     CHECKPOINT: "rank 0 gathers one parameter at a time",
 }
 

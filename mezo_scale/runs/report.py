@@ -11,7 +11,16 @@ from mezo_scale.runs.learning import estimator_of
 from mezo_scale.runs.memory import MEANING
 from mezo_scale.tasks.score import interval_key
 
-_TITLES = {"majority": "majority class", "zero_shot": "zero-shot"}
+_TITLES = {
+    "majority": "majority class",
+    "zero_shot": "zero-shot",
+    "icl": "in-context learning",
+    "linear_probe": "linear probe",
+}
+_ENDS = ("zero_shot", "icl", "linear_probe", "tuned")  # of the model, after what needs none
+
+RESULTS = {"mezo": "tuned", "adamw": "tuned", "icl": "icl", "linear_probe": "linear_probe", "zero_shot": "zero_shot"}
+"""By the name of a method, where evaluation.json has what it came to."""
 
 
 def results_table(results: Mapping[str, Any]) -> list[list[str]]:
@@ -25,7 +34,7 @@ def results_table(results: Mapping[str, Any]) -> list[list[str]]:
     ]
     shown = [main, *others]
     header = ["test split", *(cell for name in shown for cell in (name, "95% interval")), "examples"]
-    ends = [key for key in ("zero_shot", "tuned") if key in results]
+    ends = [key for key in _ENDS if key in results]
     rows = [header]
     for key in [*(key for key in results if key not in (*ends, "best")), *ends]:
         found = results[key]
@@ -92,7 +101,6 @@ def write_report(
     """
     _plot(run, results)
     estimator = estimator_of(recipe)
-    header, *rows = results_table(results)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)
     median = f"{seconds[len(seconds) // 2]:.2f} s per step (median), " if seconds else ""
@@ -103,13 +111,43 @@ def write_report(
         f"eps {recipe.optimizer.eps:g}, {estimator.name}, {estimator.num_directions} direction(s), "
         f"seed {recipe.optimizer.seed}; {median}{layout}. {tuned}.",
         "",
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *_table(results_table(results)),
         "",
         *_explanations(results),
         f"![loss and {main_metric(results['tuned'])}]({run.plot.name})",
         "",
+        *_memory(memory_gib),
+        "Settings: `recipe.yaml`. Where it ran: `environment.json`. Every step: `trajectory.mezo`, `metrics.jsonl`.",
+        *(line for what, command in commands.items() for line in ("", f"{what}:", "", f"    {command}")),
+    ]
+    replace_file(run.report, "\n".join(lines) + "\n")
+
+
+def write_results(
+    run: RunDirectory, title: str, about: str, results: Mapping[str, Any], memory_gib: Mapping[str, float]
+) -> None:
+    """report.md of a run without a trajectory.
+
+    Args:
+        about: what was done, in sentences.
+        memory_gib: by phase.
+    """
+    lines = [f"# {title}", "", about, "", *_table(results_table(results)), ""]
+    if "tuned" in results:
+        _plot(run, results)
+        lines += [f"![loss and {main_metric(results['tuned'])}]({run.plot.name})", ""]
+    lines += _memory(memory_gib)
+    lines.append("Settings: `recipe.yaml`. Where it ran: `environment.json`. What was measured: `metrics.jsonl`.")
+    replace_file(run.report, "\n".join(lines) + "\n")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *others = rows
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in others)]
+
+
+def _memory(memory_gib: Mapping[str, float]) -> list[str]:
+    return [
         "Peak memory of the rank that took most, in this session. On CUDA it is what torch's allocator held, on a CPU "
         "the resident memory of the process, with the interpreter and the libraries in it.",
         "",
@@ -117,10 +155,7 @@ def write_report(
         "|---|---|---|",
         *(f"| {phase} | {gib:.2f} | {MEANING[phase]} |" for phase, gib in memory_gib.items()),
         "",
-        "Settings: `recipe.yaml`. Where it ran: `environment.json`. Every step: `trajectory.mezo`, `metrics.jsonl`.",
-        *(line for what, command in commands.items() for line in ("", f"{what}:", "", f"    {command}")),
     ]
-    replace_file(run.report, "\n".join(lines) + "\n")
 
 
 def _steps(tuned: Mapping[str, Any]) -> str:

@@ -6,10 +6,11 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import collecting_only_new_garbage, keep_memory_steady
 from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import Recipe, differences, load
+from mezo_scale.recipe import Recipe, differences, load, takes_steps
 from mezo_scale.runs import trackers
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.learning import estimator_of, order_of
+from mezo_scale.runs.methods import session as methods
 from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.runs.trainer import Trainer
 from mezo_scale.trajectory import Trajectory
@@ -19,7 +20,8 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Runs a recipe, or goes on with the run that its directory holds. Every rank of a launch calls it.
 
     - All input is checked before anything is written: recipe, layout, model, data, an earlier run.
-    - Killed at any point, the same call goes on after the last step whose record reached the disk.
+    - Killed at any point, the same call goes on after the last step whose record reached the disk; a baseline's run
+      begins again.
     - The base model and the trajectory are the checkpoint; a snapshot on the way only saves replaying what led to it.
     - With `dry_run` it ends before the first step, shows what it would do, and has written nothing.
 
@@ -27,6 +29,9 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
         MezoError: for whatever the user can mend.
     """
     keep_memory_steady()
+    method = recipe.method.name
+    if dry_run and method != "mezo":
+        raise RecipeError(f"--dry-run is for MeZO's steps, but method.name is {method}: leave one of them out")
     with process_group(always_group=Strategy(recipe.sharding.strategy).needs_group) as world:
         run = RunDirectory(recipe.directory)
         with world.raise_on_all():
@@ -38,19 +43,25 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
                     "float32's: take model.dtype=bfloat16"
                 )
             rows = recipe.train.batch_size
-            if rows < world.size:
+            if takes_steps(method) and rows < world.size:
                 raise RecipeError(
                     f"train.batch_size is {rows}, but there are {world.size} processes: give each at least one row, "
                     f"train.batch_size={world.size}"
                 )
             recipe, kind = prepare(recipe)
-            done = _steps_done(recipe, run) if world.rank == 0 else 0
+            done = _steps_done(recipe, run) if world.rank == 0 and method == "mezo" else 0
             splits = EncodedSplits.read(recipe, kind)
-            estimator_of(recipe)
-            order_of(recipe, kind, splits.train)
+            if method == "mezo":
+                estimator_of(recipe)
+                order_of(recipe, kind, splits.train)
+            else:
+                fit = methods.plan(recipe, world, run, kind, splits)
         splits.check_same(world)
         check_same_reward(kind, world)
         world.check_shared(run.path)
+        if method != "mezo":
+            methods.carry_out(recipe, world, run, kind, splits, fit)
+            return
         trainer = Trainer(recipe, world, run, kind, splits)
         if dry_run:
             trainer.rehearse(max_integer(done))

@@ -150,7 +150,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, tree: Any, said: st
     [
         ("steps", "found 'steps' after the recipe, expected key=value"),
         ("=3", "found '=3' after the recipe, expected key=value"),
-        ("name=x", "name= could be model.name or task.name: write the one you mean in full"),
+        ("name=x", "name= could be model.name or task.name or method.name: write the one you mean in full"),
         ("task.data=[1", "'[1' is not a YAML value"),
     ],
 )

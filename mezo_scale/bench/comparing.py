@@ -1,0 +1,133 @@
+"""A comparison under way: its cells one after the other, each by `mezo-scale train` in processes of its own.
+
+So one that fails, is killed or runs out of memory ends a cell and not the comparison, and no cell inherits another's
+memory. What is done is what the cells' directories hold.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mezo_scale.bench.comparison import Cell, Comparison
+from mezo_scale.bench.running import end_launch, killed_by
+from mezo_scale.distributed.launcher import detect
+from mezo_scale.errors import LaunchError, RecipeError
+from mezo_scale.recipe import Recipe, differences, dump
+from mezo_scale.recipe import load as load_recipe
+from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.methods.session import is_finished
+
+FAILED = "failed.json"
+Start = Callable[[Cell, Path, int | None], str | None]
+"""(cell, log, processes) -> why the cell has no result; None if it has one."""
+
+
+def launch(cell: Cell, log: Path, processes: int | None) -> str | None:
+    """Runs a cell by the command line, as a user would; what it says goes to the log."""
+    command = [sys.executable, "-m", "mezo_scale.cli", "train", str(cell.recipe.directory)]
+    command += [] if processes is None else ["--processes", str(processes)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        finally:
+            end_launch(process)
+    if code == 0:
+        return None
+    said = re.findall(r"^(?:\[\w+\]:)? *error: (.+)$", log.read_text(errors="replace"), re.MULTILINE)
+    return said[0] if said else killed_by(code) if code < 0 else f"ended with exit code {code}, see {log}"
+
+
+def run(
+    comparison: Comparison,
+    *,
+    processes: int | None = None,
+    retry_failed: bool = False,
+    say: Callable[[str], None] = print,
+    start: Start = launch,
+) -> dict[str, str]:
+    """Runs the cells that have neither a result nor a failure, and returns why cells failed, by their names.
+
+    - A cell that fails, for whatever reason, is kept with its reason; the next one goes on.
+    - Killed at any point, the same call goes on; a MeZO run goes on inside, a baseline's begins again.
+
+    Raises:
+        LaunchError: a launcher around this process.
+        RecipeError: a cell's directory holds another run, or the folder can't be made; nothing has begun then.
+    """
+    _check_alone()
+    recipes = {cell.name: _frozen(cell) for cell in comparison.cells}
+    out = comparison.out
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output.dir: {out} can't be made ({error.strerror})") from None
+    names = [cell.name for cell in comparison.cells]
+    failed = {} if retry_failed else {name: why for name, why in _read_failed(out).items() if name in names}
+    left = [cell for cell in comparison.cells if cell.name not in failed and not finished(cell)]
+    if len(left) < len(names):
+        say(f"{len(left)} of {len(names)} runs are left: the others have a result or have failed")
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        for number, cell in enumerate(left, 1):
+            say(f"[{number}/{len(left)}] {cell.name}")
+            run = RunDirectory(cell.recipe.directory)
+            run.create()
+            replace_file(run.recipe, dump(recipes[cell.name]))
+            reason = start(cell, out / "logs" / f"{cell.name}.log", processes)
+            if reason is None and not finished(cell):
+                reason = f"ended without a result, see {out / 'logs' / f'{cell.name}.log'}"
+            if reason is not None:
+                failed[cell.name] = reason
+                say(f"    failed: {reason}")
+            replace_file(out / FAILED, json.dumps(failed, indent=2) + "\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def finished(cell: Cell) -> bool:
+    """Whether a cell's directory has its result."""
+    return is_finished(cell.recipe, RunDirectory(cell.recipe.directory))
+
+
+def _frozen(cell: Cell) -> Recipe:
+    """The recipe that a cell's directory is to hold. Raises RecipeError if it holds another."""
+    run, asked = RunDirectory(cell.recipe.directory), cell.recipe
+    if not run.recipe.is_file():
+        return asked
+    recorded = load_recipe(run.path)
+    if asked.train.objective is None:  # a run writes out which that is
+        asked = asked.model_copy(
+            update={"train": asked.train.model_copy(update={"objective": recorded.train.objective})}
+        )
+    if changed := differences(recorded, asked):
+        raise RecipeError(
+            f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir, or the same values"
+        )
+    return asked
+
+
+def _read_failed(out: Path) -> dict[str, str]:
+    path = out / FAILED
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(found, dict) or not all(isinstance(why, str) for why in found.values()):
+            raise ValueError("no reasons by name")
+    except ValueError:
+        raise RecipeError(f"{path} is damaged: take it away, and what failed is run again") from None
+    return found
+
+
+def _check_alone() -> None:
+    around = detect(os.environ)
+    if around.name != "none":
+        raise LaunchError(
+            f"{around.name} started {around.world_size} processes, but a comparison starts the ranks of each run "
+            "itself: run mezo-scale compare once, with --processes"
+        )
