@@ -73,22 +73,18 @@ def _span(seed: int, param_id: int, start: int, count: int, device: torch.device
     return drawn[0]
 
 
-def factors(
-    seeds: Sequence[int], param_id: int, shape: Sequence[int], noise: Noise, device: torch.device | str = "cpu"
-) -> Factors | None:
-    """What z of a matrix is made of under low-rank noise, for each seed.
+def factors(weight: Tensor, param_id: int, seeds: Sequence[int], *, noise: Noise) -> Factors | None:
+    """What z of a whole parameter is made of under low-rank noise, for each seed; None where each element has its own.
 
-    shape: [m, n], the whole parameter's. Returns float32 U [len(seeds), r, m] and V [len(seeds), r, n], columns of the
-    specification's U and V one after the other; None where each element has a z of its own.
+    weight: for its shape [m, n] and its device alone. Returns float32 U [len(seeds), r, m] and V [len(seeds), r, n].
     Raises ValueError: a rank that the matrix can't have.
     """
     for seed in seeds:
         check.identity(seed, param_id)
     check.stream(noise)
-    place = torch.device(device)
-    return _factors(
-        np.array(seeds, dtype=np.uint64), param_id, noise.rank_of(shape), shape, noise, _kernels(place), place
-    )
+    words = np.array(seeds, dtype=np.uint64)
+    rank = noise.rank_of(weight.shape)
+    return _factors(words, param_id, rank, weight.shape, noise, _kernels_for(weight), weight.device)
 
 
 def _factors(

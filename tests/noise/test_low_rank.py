@@ -55,7 +55,7 @@ def test_z_of_a_matrix_is_the_specifications_formula(kind: Noise) -> None:
 
 
 def test_the_signs_of_the_factors_are_the_bits_of_their_streams() -> None:
-    made = noise.factors([3], 4, (200, 300), Noise("low_rank", 2))
+    made = noise.factors(torch.empty(200, 300), 4, [3], noise=Noise("low_rank", 2))
     assert made is not None
     assert made.u.shape == (1, 2, 200)
     assert made.v.shape == (1, 2, 300)
