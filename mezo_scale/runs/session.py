@@ -9,7 +9,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, load
 from mezo_scale.runs import trackers
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.learning import estimator_of, order_of
+from mezo_scale.runs.learning import estimator_of, noise_of, order_of
 from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.runs.trainer import Trainer
 from mezo_scale.trajectory import Trajectory
@@ -47,6 +47,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
             done = _steps_done(recipe, run) if world.rank == 0 else 0
             splits = EncodedSplits.read(recipe, kind)
             estimator_of(recipe)
+            noise_of(recipe)
             order_of(recipe, kind, splits.train)
         splits.check_same(world)
         check_same_reward(kind, world)
