@@ -62,8 +62,8 @@ def test_the_mean_over_many_directions_is_the_gradient(kind: Noise) -> None:
     asked = {name: param[None].requires_grad_() for name, param in parameters.items()}
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(model.losses(asked).sum(), list(asked.values()))])
     assert float(estimate @ gradient / gradient.norm() ** 2) == pytest.approx(1, abs=0.03)
-    # The mean of n directions is off by |gradient| sqrt(d / n), in matrices up to twice that at rank 1.
-    assert float((estimate - gradient).norm() / gradient.norm()) < 2 * math.sqrt(len(gradient) / count)
+    # The mean of n directions of d numbers is off by |gradient| sqrt(d / n), a little more in normals of low rank.
+    assert float((estimate - gradient).norm() / gradient.norm()) < 1.5 * math.sqrt(len(gradient) / count)
 
 
 def trained(layout: str, log: pathlib.Path, kind: Noise, steps: int = 3) -> dict[str, Tensor]:
