@@ -34,6 +34,7 @@ def linear(
     with torch._C.DisableTorchFunction():
         weight, bias = (None if param is None else param.detach() for param in (held["weight"], held["bias"]))
         assert weight is not None
+        x = x.contiguous()  # torch copies the weight for each row of an input that is not
         y = F.linear(x, weight, bias)
         inputs = x.reshape(len(branches), -1, weight.shape[1]).to(y.dtype)
         unit = max(abs(scale) for _, scale in branches) or 1.0
@@ -42,10 +43,8 @@ def linear(
         left, right = torch.bmm(inputs, v.transpose(1, 2).to(y.dtype)), u * u.new_tensor(signs)[:, None, None]
         if bias is not None and "bias" in tuned:
             left = torch.cat((left, left.new_ones(*left.shape[:2], 1)), dim=2)  # a column of U whose input is 1
-            z = _dense(
-                weights, tuned["bias"], bias, [(seed, s / factor) for (seed, _), s in zip(branches, signs, strict=True)]
-            )
-            right = torch.cat((right, z[:, None]), dim=1)
+            parts = [(seed, sign / factor) for (seed, _), sign in zip(branches, signs, strict=True)]
+            right = torch.cat((right, _dense(weights, tuned["bias"], bias, parts)[:, None]), dim=1)
         y.view(len(branches), -1, weight.shape[0]).baddbmm_(left, right.to(y.dtype), alpha=unit * factor)
         return y
 

@@ -72,7 +72,7 @@ class Counted(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.two(torch.tanh(self.one(self.embed(ids)))))
+        return self.head(self.two(torch.tanh(self.one(self.embed(ids))))[:, 1:])
 
 
 @pytest.mark.parametrize("branches", [BRANCHES, BRANCHES[:1]], ids=["all", "one"])
@@ -95,6 +95,7 @@ def test_no_matrix_is_made_for_a_linear_and_its_stored_weight_is_read_once(
     linear = torch.nn.functional.linear
 
     def counted(x: Tensor, *args: Tensor) -> Tensor:
+        assert x.is_contiguous(), "torch copies the weight for each row of an input that is not"
         calls.append(len(x))
         return linear(x, *args)
 
@@ -112,7 +113,7 @@ def test_of_a_linear_only_what_is_tuned_is_perturbed(frozen: str) -> None:
     model, ids = Counted(), torch.randint(0, 50, (2, 7))
     model.get_parameter(frozen).requires_grad = False
     with ms.perturbed(model, BRANCHES, distribution="low_rank"):
-        together = model(ids.repeat(3, 1)).view(3, 2, 7, 50)
+        together = model(ids.repeat(3, 1)).view(3, 2, 6, 50)
     for part, (seed, scale) in zip(together, BRANCHES, strict=True):
         with torch.no_grad():
             assert (part - physically(model, seed, scale, NOISES[0])(ids)).abs().max() < 1e-5
@@ -123,7 +124,7 @@ def test_scales_of_zero_and_of_any_size_share_a_batch() -> None:
     model, ids = Counted(), torch.randint(0, 50, (2, 7))
     for branches in ([(1, 0.0), (2, 0.0)], [(1, 0.0), (2, 0.3), (1, -1e-3)]):
         with ms.perturbed(model, branches, distribution="low_rank"):
-            together = model(ids.repeat(len(branches), 1)).view(len(branches), 2, 7, 50)
+            together = model(ids.repeat(len(branches), 1)).view(len(branches), 2, 6, 50)
         for part, (seed, scale) in zip(together, branches, strict=True):
             with torch.no_grad():
                 assert (part - physically(model, seed, scale, NOISES[0])(ids)).abs().max() < 1e-5
