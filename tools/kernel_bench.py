@@ -76,17 +76,22 @@ def tune_allocation() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never back to the system
 
 
-def interleave(contenders: dict[str, Contender], rounds: int, device: torch.device) -> Seconds:
+def interleave(
+    contenders: dict[str, Contender],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Seconds:
     """Seconds of every contender in every round, after one round to warm up."""
     seconds: Seconds = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, run in contenders.items():
             wait(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             wait(device)
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

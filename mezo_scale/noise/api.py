@@ -1,4 +1,4 @@
-"""Noise, version 1: z as a pure function of (seed, parameter, element), and the sweeps over memory that use it.
+"""The noise: z as a pure function of (seed, parameter, element), and the sweeps over memory that use it.
 
 z at an element depends on nothing else: not on the sharding, the device, the dtype or the number of processes. So any
 rank regenerates its own part alone, and a trajectory of seeds and scalars can be replayed bit for bit.
@@ -7,7 +7,8 @@ rank regenerates its own part alone, and a trajectory of seeds and scalars can b
 shard are the row-major flat elements global start .. global start + length - 1 of the whole parameter.
 
 Every device returns the same bits: CPU tensors use the compiled kernels of `cpu`, GPUs those of `cuda` where Triton
-is installed, anything else `reference`. A NaN stays a NaN, but its payload is not promised.
+is installed, anything else `reference`; low-rank noise has no kernel for GPUs yet, and takes `reference` there. A NaN
+stays a NaN, but its payload is not promised.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mezo_scale.noise import check, fake, reference, spec
-from mezo_scale.noise.kind import NORMAL, RADEMACHER, Noise
+from mezo_scale.noise.kind import NORMAL, Noise
+from mezo_scale.noise.low_rank import Factors
 
 Runs = npt.NDArray[np.int64]
+FACTORS = 1 << 22  # numbers of factors that a sweep over several steps holds at once: 16 MiB
 
 
 def _kernels_for(tensor: Tensor) -> ModuleType:
@@ -47,12 +50,12 @@ def _kernels(device: torch.device) -> ModuleType:
 
 def normal(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """z of the elements start .. start + count - 1: float32 [count], standard normal (stream 0)."""
-    return _generate(seed, param_id, start, count, device, NORMAL)
+    return _span(seed, param_id, start, count, device, spec.NORMAL)
 
 
 def rademacher(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """z of the elements start .. start + count - 1: float32 [count], each 1 or -1 (stream 2)."""
-    return _generate(seed, param_id, start, count, device, RADEMACHER)
+    return _span(seed, param_id, start, count, device, spec.RADEMACHER)
 
 
 def rounding_bits(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -62,15 +65,44 @@ def rounding_bits(seed: int, param_id: int, start: int, count: int, device: torc
     return reference.span(seed, param_id, start, count, spec.ROUNDING, torch.device(device))
 
 
-def _generate(seed: int, param_id: int, start: int, count: int, device: torch.device | str, noise: Noise) -> Tensor:
+def _span(seed: int, param_id: int, start: int, count: int, device: torch.device | str, stream: int) -> Tensor:
     check.identity(seed, param_id)
     check.span(start, count)
-    z = torch.zeros(count, dtype=torch.float32, device=device)  # 0 + 1 * z is z: no z is zero
-    runs = np.array([[0, start, count]], dtype=np.int64)
-    one = np.ones((1, 1), dtype=np.float32)
-    seeds = np.full((1, 1), seed, dtype=np.uint64)
-    write_(z, runs, param_id, seeds, one, one[0], noise=noise)
-    return z
+    place = torch.device(device)
+    drawn: Tensor = _kernels(place).draw(np.array([seed], dtype=np.uint64), param_id, stream, start, count, place)
+    return drawn[0]
+
+
+def factors(weight: Tensor, param_id: int, seeds: Sequence[int], *, noise: Noise) -> Factors | None:
+    """What z of a whole parameter is made of under low-rank noise, for each seed; None where each element has its own.
+
+    weight: for its shape [m, n] and its device alone. Returns float32 U [len(seeds), r, m] and V [len(seeds), r, n].
+    Raises ValueError: a rank that the matrix can't have.
+    """
+    for seed in seeds:
+        check.identity(seed, param_id)
+    check.stream(noise)
+    words = np.array(seeds, dtype=np.uint64)
+    rank = noise.rank_of(weight.shape)
+    return _factors(words, param_id, rank, weight.shape, noise, _kernels_for(weight), weight.device)
+
+
+def _factors(
+    seeds: npt.NDArray[np.uint64],
+    param_id: int,
+    rank: int | None,
+    shape: Sequence[int],
+    noise: Noise,
+    kernels: ModuleType,
+    device: torch.device,
+) -> Factors | None:
+    if rank is None:
+        return None
+    u, v = (
+        kernels.draw(seeds, param_id, noise.stream + side, 0, rank * size, device).view(len(seeds), rank, size)
+        for side, size in zip((spec.LEFT, spec.RIGHT), shape, strict=True)
+    )
+    return Factors(u, v)
 
 
 def write_(
@@ -84,6 +116,7 @@ def write_(
     remainder: Tensor | None = None,
     rounding: str = "nearest",
     noise: Noise = NORMAL,
+    shape: Sequence[int] | None = None,
 ) -> None:
     """Apply S steps of K directions to a shard, in place, in one read and one write of memory.
 
@@ -98,6 +131,7 @@ def write_(
     rounding: "nearest" (ties to even) or "stochastic" (stream 1 under the step's first seed); for 16-bit storage
         without a remainder.
     noise: how z is drawn.
+    shape: of the whole parameter, which low-rank noise must know.
     Raises ValueError, naming the argument, before anything is written.
     """
     check.storage("local", local)
@@ -109,13 +143,18 @@ def write_(
     check.remainder(remainder, local)
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
-    stream = check.stream(noise)
+    stream, rank = check.stream(noise), check.rank(noise, shape, runs)
     stochastic = rounding == "stochastic"
     if not len(runs) or not len(decays):
         return
+    kernels, sweeps = _kernels_for(local), _sweeps_for(local, rank)
+    at_once = len(seeds) if rank is None else max(1, FACTORS // (seeds.shape[1] * rank * sum(shape or ())))
     with torch.no_grad():
-        kernels = _kernels_for(local)
-        kernels.write_(local, runs, param_id, seeds, alphas, decays, remainder, stochastic, stream)
+        for first in range(0, len(seeds), at_once):
+            part = slice(first, first + at_once)
+            steps = (seeds[part], alphas[part], decays[part])
+            drawn = _factors(seeds[part].ravel(), param_id, rank, shape or (), noise, kernels, local.device)
+            sweeps.write_(local, runs, param_id, *steps, remainder, stochastic, stream, drawn)
 
 
 def view(
@@ -126,6 +165,7 @@ def view(
     *,
     runs: Runs | None = None,
     noise: Noise = NORMAL,
+    shape: Sequence[int] | None = None,
 ) -> None:
     """Fill out[b] with weight + scale_b * z(seed_b), from one read of the weight and one z per distinct seed.
 
@@ -133,6 +173,7 @@ def view(
     weight: contiguous; float32, bfloat16 or float16; the whole parameter, or with `runs` a part of it (elements that
         no run covers are copied). out: [len(branches), *weight.shape], contiguous; any of the three dtypes.
     branches: pairs (seed u64, scale float32).
+    shape: of the whole parameter, which low-rank noise must know; None: the weight's.
     Raises ValueError, naming the argument, before anything is written.
     """
     check.storage("weight", weight)
@@ -142,11 +183,14 @@ def view(
     stream = check.stream(noise)
     whole = np.array([[0, 0, weight.numel()]], dtype=np.int64)
     runs = whole if runs is None else check.runs(runs, weight.numel())
+    shape = weight.shape if shape is None else shape
+    rank = check.rank(noise, shape, runs)
     with torch.no_grad():
         if int(runs[:, 2].sum()) < weight.numel():
             out.copy_(weight.expand_as(out))
         if weight.numel():
-            _kernels_for(weight).view(weight, runs, param_id, branches, out, stream)
+            drawn = _factors(_seeds(branches), param_id, rank, shape, noise, _kernels_for(weight), weight.device)
+            _sweeps_for(weight, rank).view(weight, runs, param_id, branches, out, stream, drawn)
 
 
 def rows(
@@ -173,6 +217,18 @@ def rows(
     check.ids(ids, len(branches), table)
     check.output(out, (*ids.shape, *table.shape[1:]), table.device)
     stream = check.stream(noise)
+    rank = noise.rank_of(table.shape)
     with torch.no_grad():
         if out.numel():
-            _kernels_for(table).rows(table, param_id, branches, ids, out, stream)
+            drawn = _factors(_seeds(branches), param_id, rank, table.shape, noise, _kernels_for(table), table.device)
+            _sweeps_for(table, rank).rows(table, param_id, branches, ids, out, stream, drawn)
+
+
+def _seeds(branches: Sequence[tuple[int, float]]) -> npt.NDArray[np.uint64]:
+    return np.array([seed for seed, _ in branches], dtype=np.uint64)
+
+
+def _sweeps_for(tensor: Tensor, rank: int | None) -> ModuleType:
+    """What sweeps over a tensor; on a GPU no kernel multiplies factors yet."""
+    kernels = _kernels_for(tensor)
+    return kernels if rank is None or kernels.TAKES_FACTORS else reference

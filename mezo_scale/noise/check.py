@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,8 +31,20 @@ def span(start: int, count: int) -> None:
 
 def stream(noise: Noise) -> int:
     if not isinstance(noise, Noise):
-        raise ValueError(f"noise is {noise!r}, expected a Noise: Noise('normal') or Noise('rademacher')")
+        raise ValueError(f"noise is {noise!r}, expected a Noise, such as Noise('normal')")
     return noise.stream
+
+
+def rank(noise: Noise, shape: Sequence[int] | None, runs: npt.NDArray[np.int64]) -> int | None:
+    """The rank of z of a parameter of that shape; None: each element has a z of its own."""
+    if noise.rank is None:
+        return None
+    if shape is None:
+        raise ValueError("shape is None, expected that of the whole parameter: low-rank noise depends on it")
+    last = int((runs[:, 1] + runs[:, 2]).max(initial=0))
+    if last > math.prod(shape):
+        raise ValueError(f"shape is {list(shape)}, but runs reaches element {last}: expected the whole parameter's")
+    return noise.rank_of(shape)
 
 
 def storage(argument: str, tensor: Tensor) -> None:

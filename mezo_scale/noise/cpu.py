@@ -17,8 +17,10 @@ from torch import Tensor
 
 from mezo_scale.noise import cpu_kernels
 from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32, MASTER
+from mezo_scale.noise.low_rank import Factors
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+TAKES_FACTORS = True  # whether the sweeps know low-rank noise
 CHUNK = 1 << 16  # draws below which a thread is not worth its start, about 0.1 ms
 
 Runs = npt.NDArray[np.int64]
@@ -81,27 +83,61 @@ def write_(
     remainder: Tensor | None,
     stochastic: bool,
     stream: int,
+    factors: Factors | None = None,
 ) -> None:
     words, low, kind = _raw(local), np.empty(0, np.int16), KINDS[local.dtype]
     if remainder is not None:
         low, kind = _raw(remainder).view(np.int16), MASTER
-    key = np.uint64(param_id)
+    key, made_of = np.uint64(param_id), _arrays(factors)
 
     def sweep(first: int, begin: int, end: int) -> None:
         part = runs[first:]
-        cpu_kernels.write(words, low, kind, part, begin, end, key, seeds, alphas, decays, stochastic, stream)
+        cpu_kernels.write(words, low, kind, part, begin, end, key, seeds, alphas, decays, stochastic, stream, *made_of)
 
     _spread(runs, seeds.size, sweep)
 
 
+def draw(
+    seeds: npt.NDArray[np.uint64], param_id: int, stream: int, start: int, count: int, device: torch.device
+) -> Tensor:
+    out = np.empty((len(seeds), count), np.float32)
+    key, runs = np.uint64(param_id), np.array([[0, start, count]], dtype=np.int64)
+
+    def sweep(first: int, begin: int, end: int) -> None:
+        cpu_kernels.draw(out, seeds, key, stream, start, begin, end)
+
+    _spread(runs, len(seeds), sweep)
+    return torch.from_numpy(out)
+
+
+def _arrays(factors: Factors | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], np.float32]:
+    """The factors as the sweeps take them."""
+    if factors is None:
+        nothing = np.empty((0, 0, 0), np.float32)
+        return nothing, nothing, np.float32(1)
+    return factors.u.numpy(), factors.v.numpy(), np.float32(factors.scale)
+
+
 def view(
-    weight: Tensor, runs: Runs, param_id: int, branches: Sequence[tuple[int, float]], out: Tensor, stream: int
+    weight: Tensor,
+    runs: Runs,
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    out: Tensor,
+    stream: int,
+    factors: Factors | None = None,
 ) -> None:
-    _perturb(weight, runs, runs[:, 0].copy(), param_id, branches, out, stream)
+    _perturb(weight, runs, runs[:, 0].copy(), param_id, branches, out, stream, _arrays(factors))
 
 
 def rows(
-    table: Tensor, param_id: int, branches: Sequence[tuple[int, float]], ids: Tensor, out: Tensor, stream: int
+    table: Tensor,
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    ids: Tensor,
+    out: Tensor,
+    stream: int,
+    factors: Factors | None = None,
 ) -> None:
     width, count = table[0].numel(), ids.shape[1]
     targets = np.arange(count) * width
@@ -110,7 +146,8 @@ def rows(
         start = ids[b].numpy() * width
         runs = np.stack((start, start, np.full(count, width)), axis=1)
         part = slice(None) if same else slice(b, b + 1)
-        _perturb(table, runs, targets, param_id, branches[part], out[part], stream)
+        u, v, scale = _arrays(factors)
+        _perturb(table, runs, targets, param_id, branches[part], out[part], stream, (u[part], v[part], scale))
 
 
 def _perturb(
@@ -121,6 +158,7 @@ def _perturb(
     branches: Sequence[tuple[int, float]],
     out: Tensor,
     stream: int,
+    made_of: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], np.float32],
 ) -> None:
     words, kind, filled, out_kind = _raw(weight), KINDS[weight.dtype], _raw(out), KINDS[out.dtype]
     names, key, numel = [seed for seed, _ in branches], np.uint64(param_id), out[0].numel()
@@ -131,7 +169,7 @@ def _perturb(
     def sweep(first: int, begin: int, end: int) -> None:
         part, to = runs[first:], targets[first:]
         cpu_kernels.view(
-            words, kind, part, begin, end, key, seeds, scales, leaders, filled, out_kind, to, numel, stream
+            words, kind, part, begin, end, key, seeds, scales, leaders, filled, out_kind, to, numel, stream, *made_of
         )
 
     _spread(runs, len(set(names)), sweep)

@@ -1,26 +1,21 @@
 """The CPU's sweeps, compiled by Numba: every array is passed as raw 16-bit words, so each sweep compiles once.
 
 Work goes tile by tile through small buffers that stay in the first-level cache, in loops over rows of 128 lanes:
-that is the form LLVM turns into full-width vector code. All that is compiled is in this one file because Numba's cache
-looks only at the file of the function it keeps; names of types and the compiler's options are in `cpu_jit`.
+that is the form LLVM turns into full-width vector code. All that is compiled and may change is in this one file because
+Numba's cache looks only at the file of the function it keeps; names of types and the compiler's options: `cpu_jit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
-from llvmlite import binding, ir
-from numba.extending import intrinsic
 
 from mezo_scale.noise import spec
+from mezo_scale.noise.cpu_float16 import from_half, to_half
 from mezo_scale.noise.cpu_jit import F32, I16, I64, U16, U32, U64, f32, i16, i32, inner, sweep, u16, u32, u64
 
 FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)  # kinds of storage; MASTER is bfloat16 and a remainder
 
-NORMAL, ROUNDING, RADEMACHER = spec.NORMAL, spec.ROUNDING, spec.RADEMACHER
+NORMAL, ROUNDING, RADEMACHER, FORM = spec.NORMAL, spec.ROUNDING, spec.RADEMACHER, spec.FORM
 TILE, LANES = spec.TILE, spec.LANES
 M0, M1 = map(u64, spec.MULTIPLIERS)
 W0, W1 = map(u64, spec.WEYL)
@@ -30,10 +25,7 @@ LN2 = f32(-2 * spec.LN2)
 L0, L1, L2, L3, L4, L5, L6, L7 = (f32(-2 * coefficient) for coefficient in spec.LOG)
 S0, S1, S2, S3 = map(f32, spec.SIN)
 C0, C1, C2, C3 = map(f32, spec.COS)
-HALF, ONE, P24, P32, PER_P24, P16 = f32(0.5), f32(1), f32(2.0**-24), f32(2.0**-32), f32(2.0**24), f32(65536)
-
-# On x86 where F16C is missing LLVM would call a function that is not there; other processors are not asked.
-HALF_IN_HARDWARE = bool(binding.get_host_cpu_features().get("f16c", False))
+ONE, P24, P32, PER_P24, P16 = f32(1), f32(2.0**-24), f32(2.0**-32), f32(2.0**24), f32(65536)
 
 
 @inner
@@ -77,15 +69,15 @@ def _box_muller(x: U32, even: F32, odd: F32) -> None:
 def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, begin: int, end: int) -> None:
     """Elements begin .. end - 1, and perhaps others, of z [1024] for one tile. Rounding bits come as int32 in z."""
     first, last = begin >> 7, (end - 1) >> 7  # lanes; for signs, blocks
-    c, d, blocks = first, last + 1, 8
-    if stream != RADEMACHER:  # whole groups of 32 columns: what the vector code takes at once
+    c, d, blocks, form = first, last + 1, 8, stream & FORM
+    if form != RADEMACHER:  # whole groups of 32 columns: what the vector code takes at once
         c, d, blocks = begin & 127 & ~31, ((end - 1) & 127 | 31) + 1, LANES
         if first != last:
             c, d = 0, LANES
     block = u64(tile) * u64(blocks)
     high = block >> HIGH | u64(stream) << u64(28)
     _philox(words, c, d, block & LOW, high, param_id & LOW, param_id >> HIGH, seed & LOW, seed >> HIGH)
-    if stream == RADEMACHER:
+    if form == RADEMACHER:
         for column in range(c, d):
             for w in range(4):
                 word, signs = words[w, column], z[column * 128 + w * 32 : column * 128 + w * 32 + 32]
@@ -94,7 +86,7 @@ def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, 
         return
     for w in range(first >> 1, (last >> 1) + 1):
         x, even, odd = words[w, c:d], z[w * 256 + c : w * 256 + d], z[w * 256 + 128 + c : w * 256 + 128 + d]
-        if stream == NORMAL:
+        if form == NORMAL:
             _box_muller(x, even, odd)
         else:
             low_bits, high_bits = even.view(i32), odd.view(i32)
@@ -102,61 +94,25 @@ def _draw(z: F32, words: U32, stream: int, seed: u64, param_id: u64, tile: int, 
                 low_bits[i], high_bits[i] = i32(x[i] & u32(0xFFFF)), i32(x[i] >> u32(16))
 
 
-def _extend(typing: Any, half: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return numba.float32(numba.uint16), generate
-
-
-def _truncate(typing: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return numba.uint16(numba.float32), generate
-
-
-_from_half_in_hardware: Callable[[u16], f32] = intrinsic(_extend)
-_to_half_in_hardware: Callable[[f32], u16] = intrinsic(_truncate)
-
-
 @inner
-def _from_half(half: u16) -> f32:
-    """The value of a float16's bits."""
-    if HALF_IN_HARDWARE:
-        return _from_half_in_hardware(half)
-    return from_half(half)
-
-
-@inner
-def _to_half(x: f32) -> u16:
-    """The bits of the nearest float16, ties to even."""
-    if HALF_IN_HARDWARE:
-        return _to_half_in_hardware(x)
-    return to_half(x)
-
-
-@inner
-def from_half(half: u16) -> f32:
-    """`_from_half` for processors that don't know float16."""
-    h = i32(half)
-    magnitude = i32(h & i32(0x7FFF))
-    small = f32(magnitude) * P24  # below 2^-14
-    large = i32(i32(magnitude << i32(13)) + (i32(0x70000000) if magnitude >= i32(0x7C00) else i32(0x38000000)))
-    bits = f32(small).view(i32) if magnitude < i32(0x0400) else large
-    return i32(bits | i32(i32(h & i32(0x8000)) << i32(16))).view(f32)
-
-
-@inner
-def to_half(x: f32) -> u16:
-    """`_to_half` for processors that don't know float16."""
-    bits = f32(x).view(i32)
-    magnitude = i32(bits & i32(0x7FFFFFFF))
-    small = i32(f32(abs(x) + HALF).view(i32) - i32(0x3F000000))  # 0.5 is spaced as float16 is below 2^-14
-    even = i32(i32(magnitude >> i32(13)) & i32(1))
-    large = min(i32(i32(magnitude - i32(0x38000000 - 0x0FFF) + even) >> i32(13)), i32(0x7C00))
-    h = small if magnitude < i32(0x38800000) else (i32(0x7E00) if magnitude > i32(0x7F800000) else large)
-    return u16(h | i32(i32(bits >> i32(16)) & i32(0x8000)))
+def _multiply(z: F32, u: F32, v: F32, scale: f32, start: int) -> None:
+    """The elements from `start` of a matrix whose columns of U and V are the rows of u and v, times `scale`."""
+    row, column, done = start // v.shape[1], start % v.shape[1], 0
+    while done < len(z):
+        count = min(len(z) - done, v.shape[1] - column)
+        part = z[done : done + count]
+        for j in range(len(u)):
+            left, right = u[j, row], v[j, column : column + count]
+            if j == 0:
+                for i in range(count):
+                    part[i] = left * right[i]
+            else:
+                for i in range(count):
+                    part[i] = part[i] + left * right[i]
+        if len(u) > 1:
+            for i in range(count):
+                part[i] = part[i] * scale
+        row, column, done = row + 1, 0, done + count
 
 
 @inner
@@ -182,7 +138,7 @@ def _load(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
             bits[i] = i32(half[i]) << i32(16)
     else:
         for i in range(n):
-            theta[i] = _from_half(half[i])
+            theta[i] = from_half(half[i])
 
 
 @inner
@@ -200,7 +156,7 @@ def _store(theta: F32, raw: U16, low: I16, kind: int, at: int) -> None:
             half[i] = _to_bfloat(theta[i])
     else:
         for i in range(n):
-            half[i] = _to_half(theta[i])
+            half[i] = to_half(theta[i])
 
 
 @inner
@@ -262,8 +218,12 @@ def write(
     decays: F32,
     stochastic: bool,
     stream: int,
+    u: F32,
+    v: F32,
+    scale: f32,
 ) -> None:
-    """All steps on the elements begin .. end - 1 of the runs laid end to end."""
+    """All steps on the elements begin .. end - 1 of the runs laid end to end. u [steps * directions, r, m], v: factors
+    of z; of r = 0, z is drawn."""
     words, directions = np.empty((4, LANES), u32), seeds.shape[1]
     z_tile, theta_tile, acc_tile = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
     stored = local.view(f32) if kind == FLOAT32 else theta_tile
@@ -283,7 +243,11 @@ def write(
                 if kind != FLOAT32:
                     _load(theta, local, remainder, kind, at)
                 for k in range(directions):
-                    _draw(z_tile, words, stream, seeds[step, k], param_id, tile, r, r + n)
+                    if u.shape[1]:
+                        at_k = step * directions + k
+                        _multiply(z, u[at_k], v[at_k], scale, start)
+                    else:
+                        _draw(z_tile, words, stream, seeds[step, k], param_id, tile, r, r + n)
                     _apply(theta, acc, z, alphas[step, k], decays[step], k == 0, k == directions - 1)
                 if stochastic and kind in (BFLOAT16, FLOAT16):
                     _draw(z_tile, words, ROUNDING, seeds[step, 0], param_id, tile, r, r + n)
@@ -309,11 +273,14 @@ def view(
     targets: I64,
     branch_numel: int,
     stream: int,
+    u: F32,
+    v: F32,
+    factor: f32,
 ) -> None:
     """The elements begin .. end - 1 of the runs laid end to end, each perturbed for every branch.
 
     targets [n]: where in a branch's output, of branch_numel elements, each run goes. leaders [B]: the first branch
-    with the same seed, whose z a branch shares.
+    with the same seed, whose z a branch shares. u [B, r, m], v, factor: as for `write`.
     """
     words, no_low = np.empty((4, LANES), u32), np.empty(0, i16)
     z_tile, theta_tile, sum_tile = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
@@ -337,7 +304,10 @@ def view(
             for leader in range(len(seeds)):
                 if leaders[leader] != leader:
                     continue
-                _draw(z_tile, words, stream, seeds[leader], param_id, tile, r, r + n)
+                if u.shape[1]:
+                    _multiply(z, u[leader], v[leader], factor, start)
+                else:
+                    _draw(z_tile, words, stream, seeds[leader], param_id, tile, r, r + n)
                 for b in range(leader, len(seeds)):
                     if leaders[b] != leader:
                         continue
@@ -348,3 +318,16 @@ def view(
                     if out_kind != FLOAT32:
                         _store(total, out, no_low, out_kind, to)
             at, start, target, left = at + n, start + n, target + n, left - n
+
+
+@sweep
+def draw(out: F32, seeds: U64, param_id: u64, stream: int, start: int, begin: int, end: int) -> None:
+    """Columns begin .. end - 1 of out [directions, n]: the elements start + begin .. start + end - 1 of a stream."""
+    words, z_tile = np.empty((4, LANES), u32), np.empty(TILE, f32)
+    while begin < end:
+        n = _segment(start + begin, end - begin)
+        r = start + begin & (TILE - 1)
+        for k in range(len(seeds)):
+            _draw(z_tile, words, stream, seeds[k], param_id, start + begin >> 10, r, r + n)
+            out[k, begin : begin + n] = z_tile[r : r + n]
+        begin += n

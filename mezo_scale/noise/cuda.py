@@ -19,6 +19,7 @@ from mezo_scale.noise.spec import M32, TILE
 
 FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+TAKES_FACTORS = False  # whether the sweeps know low-rank noise
 WARPS = 2  # 16 elements of a tile in each thread's registers
 OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}  # no a * b + c contracted
 
@@ -91,6 +92,16 @@ def write_(
                 aligned=_aligned(part),
                 **OPTIONS,
             )
+
+
+def draw(
+    seeds: npt.NDArray[np.uint64], param_id: int, stream: int, start: int, count: int, device: torch.device
+) -> Tensor:
+    z = torch.zeros(len(seeds), count, dtype=torch.float32, device=device)  # 0 + 1 * z is z: no z is zero
+    runs, one = np.array([[0, start, count]], dtype=np.int64), np.ones((1, 1), dtype=np.float32)
+    for row, seed in zip(z, seeds, strict=True):
+        write_(row, runs, param_id, np.full((1, 1), seed), one, one[0], None, False, stream)
+    return z
 
 
 def view(

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mezo_scale.noise import spec
+from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.spec import COS, LANES, LN2, LOG, M32, SIN, TILE
 
+TAKES_FACTORS = True  # whether the sweeps know low-rank noise
 CHUNK = 1 << 20  # elements worked on at once; bounds the memory of the intermediates (about 100 bytes each)
 
 
@@ -68,13 +70,14 @@ def _box_muller(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tiles(seed: int, param_id: int, stream: int, tile: Tensor) -> Tensor:
     """The values [n, 1024] of the tiles int64 [n]: float32, or int64 for the rounding bits."""
-    if stream == spec.RADEMACHER:
+    form = stream & spec.FORM
+    if form == spec.RADEMACHER:
         block = tile[:, None] * 8 + torch.arange(8, device=tile.device)
         words = _words(seed, param_id, stream, block).transpose(1, 2)
         bits = words[..., None] >> torch.arange(32, device=tile.device) & 1
         return (1 - 2 * bits).float().reshape(-1, TILE)
     words = _words(seed, param_id, stream, tile[:, None] * LANES + torch.arange(LANES, device=tile.device))
-    pair = (words & 0xFFFF, words >> 16) if stream == spec.ROUNDING else _box_muller(words)
+    pair = (words & 0xFFFF, words >> 16) if form == spec.ROUNDING else _box_muller(words)
     return torch.stack(pair, dim=2).reshape(-1, TILE)
 
 
@@ -91,6 +94,12 @@ def span(seed: int, param_id: int, start: int, count: int, stream: int, device: 
     """`values` at the elements start .. start + count - 1."""
     elements = torch.arange(start, start + count, device=device)
     return torch.cat([values(seed, param_id, part, stream) for part in elements.split(CHUNK)])
+
+
+def draw(
+    seeds: npt.NDArray[np.uint64], param_id: int, stream: int, start: int, count: int, device: torch.device
+) -> Tensor:
+    return torch.stack([span(int(seed), param_id, start, count, stream, device) for seed in seeds])
 
 
 def _pieces(runs: npt.NDArray[np.int64], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,6 +132,11 @@ def _round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isfinite(x), rounded, x).to(dtype)
 
 
+def _z(seed: int, param_id: int, elements: Tensor, stream: int, factors: Factors | None, position: int) -> Tensor:
+    """z of one direction; with factors that of their `position`."""
+    return values(seed, param_id, elements, stream) if factors is None else factors.product(position, elements)
+
+
 def write_(
     local: Tensor,
     runs: npt.NDArray[np.int64],
@@ -133,6 +147,7 @@ def write_(
     remainder: Tensor | None,
     stochastic: bool,
     stream: int,
+    factors: Factors | None = None,
 ) -> None:
     for index, element in _pieces(runs, local.device):
         if remainder is None:
@@ -140,10 +155,11 @@ def write_(
         else:
             high = local.view(torch.int16)[index].int() << 16
             theta = (high + remainder[index].int()).view(torch.float32)
-        for step_seeds, step_alphas, decay in zip(seeds, alphas, decays, strict=True):
+        for step, (step_seeds, step_alphas, decay) in enumerate(zip(seeds, alphas, decays, strict=True)):
+            first = step * len(step_seeds)
             products = (
-                values(int(seed), param_id, element, stream) * float(alpha)
-                for seed, alpha in zip(step_seeds, step_alphas, strict=True)
+                _z(int(seed), param_id, element, stream, factors, first + k) * float(alpha)
+                for k, (seed, alpha) in enumerate(zip(step_seeds, step_alphas, strict=True))
             )
             acc = next(products)
             for product in products:
@@ -171,17 +187,25 @@ def view(
     branches: Sequence[tuple[int, float]],
     out: Tensor,
     stream: int,
+    factors: Factors | None = None,
 ) -> None:
     flat, out = weight.reshape(-1), out.view(len(branches), -1)
     for index, element in _pieces(runs, weight.device):
         theta = flat[index].float()
-        z = {seed: values(seed, param_id, element, stream) for seed, _ in branches}
+        names = [seed for seed, _ in branches]
+        z = {seed: _z(seed, param_id, element, stream, factors, names.index(seed)) for seed in set(names)}
         for b, (seed, scale) in enumerate(branches):
             out[b, index] = (theta + z[seed] * scale).to(out.dtype)
 
 
 def rows(
-    table: Tensor, param_id: int, branches: Sequence[tuple[int, float]], ids: Tensor, out: Tensor, stream: int
+    table: Tensor,
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    ids: Tensor,
+    out: Tensor,
+    stream: int,
+    factors: Factors | None = None,
 ) -> None:
     flat = table.reshape(table.shape[0], -1)
     width = flat.shape[1]
@@ -190,5 +214,5 @@ def rows(
     for b, (seed, scale) in enumerate(branches):
         target = out[b].view(ids.shape[1], width)
         for part, row in zip(target.split(at_once), ids[b].split(at_once), strict=True):
-            z = values(seed, param_id, row[:, None] * width + column, stream)
+            z = _z(seed, param_id, row[:, None] * width + column, stream, factors, b)
             part.copy_(flat[row].float() + z * scale)

@@ -1,4 +1,4 @@
-"""What noise version 1 is made of: its constants, its generator on plain integers, and the identities that key it.
+"""What the noise is made of: its constants, its generator on plain integers, and the identities that key it.
 
 Generator: Philox4x32-10; Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from hashlib import blake2b
 
-VERSION = 1
+VERSION = 2  # the newest; a run records that of its own noise, `Noise.version`
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -16,7 +16,9 @@ ROUNDS = 10
 M32 = 0xFFFFFFFF
 M64 = 0xFFFFFFFFFFFFFFFF
 
-NORMAL, ROUNDING, RADEMACHER = 0, 1, 2  # streams
+NORMAL, ROUNDING, RADEMACHER = 0, 1, 2  # streams; of any stream the two low bits say how it is laid out
+FORM = 3
+LEFT, RIGHT = 4, 8  # added to a stream: the factors U and V of version 2
 DIRECTION = 0x4D655A4F  # counter word 3 of a direction's seed: "MeZO"
 
 TILE = 1024  # elements that share 128 blocks; a multiple of both streams' units

@@ -20,7 +20,7 @@ from mezo_scale.noise import spec
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 FLOAT32, BFLOAT16, FLOAT16, MASTER = (tl.constexpr(kind) for kind in range(4))
-NORMAL, ROUNDING, RADEMACHER = map(tl.constexpr, (spec.NORMAL, spec.ROUNDING, spec.RADEMACHER))
+ROUNDING, RADEMACHER = map(tl.constexpr, (spec.ROUNDING, spec.RADEMACHER))
 M0, M1 = map(tl.constexpr, spec.MULTIPLIERS)
 W0, W1 = map(tl.constexpr, spec.WEYL)
 ROUNDS = tl.constexpr(spec.ROUNDS)
@@ -74,7 +74,7 @@ def _box_muller(x):
 
 @triton.jit
 def _draw(stream: tl.constexpr, seed, p0, p1, tile):
-    if stream == RADEMACHER:
+    if stream & 3 == RADEMACHER:
         words = _words(tl.arange(0, 8), stream, seed, p0, p1, tile * 8)
         words = tl.reshape(tl.permute(words, (0, 2, 1)), (32, 1))
         bits = tl.reshape((words >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1, (1024,))
@@ -90,7 +90,7 @@ def _rounding_bits(stream: tl.constexpr, seed, p0, p1, tile):
     """int32 of 16 random bits each, in the order of `stream`'s tile."""
     words = _words(tl.arange(0, 128), ROUNDING, seed, p0, p1, tile * 128)
     bits = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
-    if stream == RADEMACHER:
+    if stream & 3 == RADEMACHER:
         bits = tl.reshape(tl.permute(bits, (2, 1, 3, 0)), (1024,))
     return bits
 
@@ -103,7 +103,7 @@ def _at(pointer, lane: tl.constexpr, lo, hi, inside: tl.constexpr):
 
 @triton.jit
 def _read_tile(pointer, lo, hi, stream: tl.constexpr, inside: tl.constexpr):
-    if stream == RADEMACHER:
+    if stream & 3 == RADEMACHER:
         r = tl.arange(0, 1024)
         return tl.load(pointer + r) if inside else tl.load(pointer + r, mask=(r >= lo) & (r < hi), other=0)
     else:
@@ -135,7 +135,7 @@ def _put(pointer, x, lane: tl.constexpr, lo, hi, inside: tl.constexpr):
 
 @triton.jit
 def _write_tile(pointer, x, lo, hi, stream: tl.constexpr, inside: tl.constexpr):
-    if stream == RADEMACHER:
+    if stream & 3 == RADEMACHER:
         r = tl.arange(0, 1024)
         if inside:
             tl.store(pointer + r, x)

@@ -51,7 +51,7 @@ class MeZO(torch.optim.Optimizer):
             group.
         rounding: how 16-bit shards store an update: "nearest", "stochastic", or "master" (a float32 master for bfloat16
             shards, 2 bytes more per element).
-        distribution: "normal", or "rademacher" for z of +1 and -1.
+        distribution: "normal", "rademacher" (z of +1 and -1) or "low_rank", or a `mezo_scale.noise.Noise`.
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
         fingerprints: of what else the run depends on, name -> digest; an existing trajectory's must be the same.
@@ -82,7 +82,7 @@ class MeZO(torch.optim.Optimizer):
         *,
         params: Iterable[dict[str, Any]] | None = None,
         rounding: str = "nearest",
-        distribution: str = "normal",
+        distribution: str | Noise = "normal",
         dtype: torch.dtype | None = None,
         paired: bool | None = None,
         fingerprints: Mapping[str, str] | None = None,
@@ -96,7 +96,7 @@ class MeZO(torch.optim.Optimizer):
         self._estimator = estimators.chosen(estimator, num_directions)
         self._rule = rules.Sgd() if rule is None else rule
         check_rows(self._estimator, model, logged=trajectory is not None)
-        view = View(model, dtype=dtype, noise=Noise(distribution))
+        view = View(model, dtype=dtype, noise=Noise.of(distribution))
         given = params if params is not None else [{"params": groups.listed(view.layout)}]
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
         self.model = model
@@ -284,7 +284,7 @@ class MeZO(torch.optim.Optimizer):
             "num_directions": self.num_directions,
             "rule": rules.described(self._rule),
             "past": [[list(measured.seeds), list(measured.projected_grads)] for measured in self._past],
-            "distribution": self._writer.noise.kind,
+            "distribution": self._writer.noise.name,
             "rounding": self._writer.rounding,
             "unread": list(self._reads.unread),
         }

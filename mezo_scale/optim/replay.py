@@ -13,7 +13,7 @@ from torch import nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import TrajectoryError
-from mezo_scale.noise import VERSION, Noise
+from mezo_scale.noise import Noise
 from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import Shard, discover
 from mezo_scale.sharding.fingerprint import fingerprint
@@ -63,7 +63,7 @@ class Replay:
         header = trajectory.header
         layout = discover(model)
         groups = {name: group for name, _, _, group, _ in header.manifest}
-        self._writer = Writer(layout, groups, rounding=header.rounding, noise=Noise(header.distribution))
+        self._writer = Writer(layout, groups, rounding=header.rounding, noise=_noise_of(header))
         self._trajectory = trajectory
         self.step = 0
         numbers = (header.num_directions, header.num_groups, header.seed, header.eps)
@@ -85,6 +85,13 @@ class Replay:
     def digest(self) -> str:
         """The `fingerprint` of the tuned weights and their low bits as they are now. Every rank calls it."""
         return fingerprint(self._writer.stored())
+
+
+def _noise_of(header: Header) -> Noise:
+    try:
+        return Noise.of(header.distribution)
+    except ValueError as error:
+        raise TrajectoryError(f"the trajectory's {error}: use the mezo-scale release that wrote it") from None
 
 
 def load(path: str | os.PathLike[str]) -> Trajectory:
@@ -125,12 +132,12 @@ def describe(
     """The header of a trajectory that starts from the weights as they are now. All ranks must call it."""
     tuned, frozen = fingerprints_of(model, writer.layout.shards)
     return Header(
-        noise_version=VERSION,
+        noise_version=writer.noise.version,
         fingerprint=tuned,
         manifest=manifest(writer),
         num_directions=num_directions,
         num_groups=num_groups,
-        distribution=writer.noise.kind,
+        distribution=writer.noise.name,
         rounding=writer.rounding,
         seed=seed,
         eps=eps,

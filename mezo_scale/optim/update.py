@@ -155,6 +155,7 @@ class Writer:
                 if self.rounding == "stochastic" and shard.local.dtype != torch.float32
                 else "nearest",
                 noise=self.noise,
+                shape=shard.shape,
             )
 
 

@@ -28,7 +28,7 @@ def perturbed(
     branches: Sequence[Branch],
     *,
     dtype: torch.dtype | None = None,
-    distribution: str = "normal",
+    distribution: str | Noise = "normal",
 ) -> Iterator[None]:
     """Make ``model`` compute with theta + scale * z(seed) for each (seed, scale) of ``branches``.
 
@@ -39,14 +39,15 @@ def perturbed(
             run inside: ``generate()``, a metric, a custom loop.
         dtype: dtype of the perturbed copies of matrices, for computing in 16 bits from float32 weights under
             ``torch.autocast``; vectors (normalisation, biases) keep theirs. None: the weights' own.
-        distribution: "normal", or "rademacher" for z of +1 and -1.
+        distribution: "normal"; "rademacher" for z of +1 and -1; "low_rank" for matrices of rank 1, or a
+            `mezo_scale.noise.Noise` that says more.
 
     In a loop, keep a `View` and open ``view.branches(...)``: looking at the model takes two small forwards with several
     branches, and is then done once.
 
     Raises:
         ViewError: a model whose rows can't be divided among several branches.
-        ShardingError, ModelError: as for `mezo_scale.shards`.
+        ShardingError, ModelError: as for `mezo_scale.shards`; a matrix that can't have the noise's rank.
     """
-    with View(model, dtype=dtype, noise=Noise(distribution)).branches(branches):
+    with View(model, dtype=dtype, noise=Noise.of(distribution)).branches(branches):
         yield

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mezo_scale.perturbation import pairing, rows
+from mezo_scale.perturbation import low_rank, pairing, rows
 from mezo_scale.perturbation.pairing import Pairing
 from mezo_scale.perturbation.substitute import in_float32, is_half, shadowed
 from mezo_scale.perturbation.weights import Branch, Weights, check_unwritten, is_wide, stored
@@ -42,14 +42,19 @@ class Runner:
             sites = [site for site in sites if site not in self.held]
         if not sites:
             return original(*args, **kwargs)
+        if self._takes_factors(module) and self._is_plain_linear(module, sites, args, kwargs):
+            return self._low_rank_linear(module, sites, args[0])
         with self.weights.scratch.frame():
             made = {site: parts[0] for site, parts in self._perturb(module, sites, self.active).items()}
             return self.weights.outlive(self._with(made, module, original, args, kwargs))
 
     def run_all(self, module: nn.Module, sites: Sequence[Site], original: Forward, args: Any, kwargs: Any) -> Any:
         """A unit in all branches: its rows of each with that branch's weights."""
-        if sites and self._is_plain_linear(module, sites, args, kwargs):
-            return self._linear(module, sites, args[0])
+        if sites and self._is_plain_linear(module, sites, args, kwargs) and self._is_divided(module, args[0]):
+            if self._takes_factors(module):
+                return self._low_rank_linear(module, sites, args[0])
+            if not torch.is_autocast_enabled(args[0].device.type):
+                return self._linear(module, sites, args[0])
         active, count = self.active, len(self.active)
         parts = rows.split(module, self.pairing.inputs[module], args, kwargs, count, self.rows * len(self.branches))
         results: list[Any] = []
@@ -114,21 +119,31 @@ class Runner:
                         torch.addmm(bias, blocks[active.index(branch)], weight.t(), out=target)
         return result.view(*x.shape[:-1], result.shape[-1])
 
+    def _low_rank_linear(self, module: nn.Module, sites: Sequence[Site], x: Tensor) -> Tensor:
+        branches = [self.branches[branch] for branch in self.active]
+        return low_rank.linear(self.weights, module._parameters, {site.attr: site for site in sites}, x, branches)
+
+    def _takes_factors(self, module: nn.Module) -> bool:
+        """Whether the noise has factors of a module's weight, and the weight is tuned."""
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.requires_grad:
+            return False
+        return self.weights.noise.rank_of(weight.shape) is not None
+
     def _is_plain_linear(self, module: nn.Module, sites: Sequence[Site], args: Any, kwargs: Any) -> bool:
-        """torch's own Linear, called the ordinary way on rows of the tall batch."""
+        """torch's own Linear, called the ordinary way."""
         if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
             return False
         tuned = {name for name, param in module._parameters.items() if param is not None and param.requires_grad}
         if {site.attr for site in sites if site.module is module} != tuned or len(sites) != len(tuned):
             return False  # what it is not given it reads as it is, and that must not be here
-        if module._parameters.get("weight") is None:
-            return False
-        x = args[0]
-        sharded = isinstance(x, DTensor) or isinstance(module._parameters["weight"], DTensor)
-        if sharded or x.dim() < 2 or x.shape[0] % len(self.active):
-            return False
+        weight = module._parameters.get("weight")
+        return weight is not None and not isinstance(args[0], DTensor) and not isinstance(weight, DTensor)
+
+    def _is_divided(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether the rows of a module's only argument are those of the tall batch."""
         batched = next(iter(self.pairing.inputs[module].values())) == pairing.BATCHED
-        return batched and not torch.is_autocast_enabled(x.device.type)
+        return batched and x.dim() >= 2 and x.shape[0] % len(self.active) == 0
 
 
 def _by_seed(branches: Sequence[Branch], active: Sequence[int]) -> list[tuple[int, ...]]:

@@ -34,7 +34,7 @@ from mezo_scale.perturbation.readers import Readers, Running, caller
 from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import in_float32, is_half
-from mezo_scale.perturbation.weights import Branch, Weights, check_unwritten, is_lookup, is_wide, stored
+from mezo_scale.perturbation.weights import Branch, Weights, check_rank, check_unwritten, is_lookup, is_wide, stored
 from mezo_scale.sharding import Layout, Site, discover, schemes
 
 
@@ -58,6 +58,7 @@ class View:
     ) -> None:
         self.model = model
         self.layout: Layout = discover(model)
+        check_rank(noise, self.layout)
         self.weights = Weights(dtype, noise, scratch if scratch is not None else Scratch())
         self.read: set[str] = set()
         self._at = {(site.module, site.attr): site for site in self.layout.sites}

@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mezo_scale import noise
+from mezo_scale.errors import ModelError
 from mezo_scale.noise import Noise
 from mezo_scale.perturbation import local
 from mezo_scale.perturbation.reading import written
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import is_half
-from mezo_scale.sharding import Runs, Site
+from mezo_scale.sharding import Layout, Runs, Site
 from mezo_scale.sharding.shard import is_normalisation
 
 Branch = tuple[int, float]
@@ -61,7 +62,8 @@ class Weights:
                 out = self.scratch.take(shape, dtype, held.device)
             if site not in self._runs:
                 self._runs[site] = local.runs_held(weight)
-            noise.view(held, site.param_id, list(branches), out, runs=self._runs[site], noise=self.noise)
+            runs, shape = self._runs[site], tuple(weight.shape)
+            noise.view(held, site.param_id, list(branches), out, runs=runs, noise=self.noise, shape=shape)
             return [local.like(part.data, weight) for part in out]  # data: with a count of its own of what writes it
 
     def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:
@@ -83,6 +85,15 @@ class Weights:
             return result.clone() if not isinstance(result, DTensor) and self.scratch.holds(result) else result
         leaves, spec = tree_flatten(result)
         return tree_unflatten([self.outlive(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def check_rank(noise: Noise, layout: Layout) -> None:
+    """Raise a ModelError that names the first matrix whose smaller side is below the noise's rank."""
+    for shard in layout.shards:
+        try:
+            noise.rank_of(shard.shape)
+        except ValueError as error:
+            raise ModelError(f"{shard.name}: {error}") from None
 
 
 def check_unwritten(site: Site, made: Tensor) -> None:

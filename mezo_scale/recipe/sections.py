@@ -214,8 +214,18 @@ class OptimizerSection(Section):
         "average; master keeps a float32 master of bfloat16 weights, at 2 bytes more per element. float32 weights "
         "need none of it.",
     )
-    distribution: Literal["normal", "rademacher"] = Field(
-        "normal", description="What directions are drawn from; rademacher is +1 and -1."
+    distribution: Literal["normal", "rademacher", "low_rank"] = Field(
+        "normal",
+        description="What directions are drawn from; rademacher is +1 and -1. low_rank: matrices move by U V^T / "
+        "sqrt(rank), which costs a step little more than its forward passes.",
+    )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="For low_rank: columns of U and V, at most the smaller side of every matrix; null means 1.",
+    )
+    entries: Literal["signs", "normal"] | None = Field(
+        None, description="For low_rank: what U and V, and vectors, are drawn from; null means signs, +1 and -1."
     )
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="The learning rate over the steps: as it is, or falling linearly towards 0."

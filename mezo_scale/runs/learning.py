@@ -1,9 +1,10 @@
-"""What a recipe says of how a run learns: its estimator, and which examples make up which step."""
+"""What a recipe says of how a run learns: its estimator, its noise, and which examples make up which step."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from mezo_scale.errors import RecipeError
+from mezo_scale.noise import Noise
 from mezo_scale.optim.estimators import Estimator, Grouped, OneSided, Spsa
 from mezo_scale.recipe import Recipe
 from mezo_scale.tasks import Kind
@@ -41,6 +42,18 @@ def estimator_of(recipe: Recipe) -> Estimator:
             "all groups are of one size"
         )
     return Grouped(size, rows)
+
+
+def noise_of(recipe: Recipe) -> Noise:
+    """Raises RecipeError for fields that contradict each other."""
+    options = recipe.optimizer
+    for name, value in (("rank", options.rank), ("entries", options.entries)):
+        if value is not None and options.distribution != "low_rank":
+            raise RecipeError(
+                f"optimizer.{name} is {value}, but optimizer.distribution is {options.distribution}, which has no "
+                f"{name}: leave it out, or take distribution=low_rank"
+            )
+    return Noise(options.distribution, options.rank, options.entries)
 
 
 def order_of(recipe: Recipe, kind: Kind[Any, Any], rows: Sequence[Any]) -> Order:

@@ -22,7 +22,6 @@ from mezo_scale import collectives, models
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import SharedError, TrajectoryError
 from mezo_scale.models import Loaded, adapters, checkpoints, low_bits, save, tuning
-from mezo_scale.noise import VERSION
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.optim.opening import Start
 from mezo_scale.optim.replay import Replay
@@ -79,7 +78,7 @@ class Snapshot(BaseModel):
     def check(self, folder: Path, log: Trajectory) -> None:
         """Raise a ValueError, in one line, if it is not of this log's past."""
         header = log.header
-        expected = {"run_id": header.run_id, "noise_version": VERSION, "rounding": header.rounding}
+        expected = {"run_id": header.run_id, "noise_version": header.noise_version, "rounding": header.rounding}
         expected |= {"frozen": header.frozen}
         for name, value in expected.items():
             if getattr(self, name) != value:

@@ -31,7 +31,7 @@ from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.runs.fitness import check_model
-from mezo_scale.runs.learning import estimator_of, order_of
+from mezo_scale.runs.learning import estimator_of, noise_of, order_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.rehearsal import rehearse
@@ -164,7 +164,7 @@ class Trainer:
                 estimator=estimator_of(self.recipe),
                 seed=options.seed,
                 rounding=options.rounding,
-                distribution=options.distribution,
+                distribution=noise_of(self.recipe),
                 trajectory=self.run.trajectory,
                 dtype=self.loaded.scratch_dtype,
                 fingerprints=self._fingerprints(),

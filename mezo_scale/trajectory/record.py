@@ -55,7 +55,7 @@ class Header:
     """What a trajectory belongs to: refused for any other model, noise or arithmetic.
 
     Attributes:
-        noise_version: see `mezo_scale.noise.VERSION`.
+        noise_version: see `mezo_scale.noise.Noise.version`.
         fingerprint: of the values the weights had before the first step, whatever their layout.
         manifest: per trainable parameter [name, shape, dtype, parameter group, decayed].
         num_directions, num_groups: the record's size follows from them. Directions are those of a step times the
@@ -114,7 +114,7 @@ class Header:
 
     def check_same(self, other: Header, where: str) -> None:
         """Raise a TrajectoryError that says what differs, if ``other`` is not what this header was written for."""
-        if self.noise_version != other.noise_version:
+        if self.noise_version != other.noise_version and self.distribution == other.distribution:
             raise TrajectoryError(
                 f"{where} was made with noise version {self.noise_version}, this is version {other.noise_version}: "
                 "use the mezo-scale release that wrote it"

@@ -129,3 +129,10 @@ def rows_differ(
 def branches_of(seeds: tuple[int, ...], seed: int) -> list[tuple[int, float]]:
     scales = np.random.default_rng(seed).normal(size=len(seeds)).astype(np.float32)
     return [(s, float(scale)) for s, scale in zip(seeds, scales, strict=True)]
+
+
+def draw_differs(kernels: str, stream: int, start: int, count: int) -> int:
+    """How many values of a stream `kernels` and the reference disagree on, for two seeds."""
+    seeds, place = np.array([3, 2**63 + 5], dtype=np.uint64), torch.device("cpu")
+    modules = (reference, importlib.import_module(f"mezo_scale.noise.{kernels}"))
+    return differing(*(module.draw(seeds, 2**40, stream, start, count, place) for module in modules))

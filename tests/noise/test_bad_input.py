@@ -129,5 +129,5 @@ def test_a_direction_outside_its_bits_is_refused(argument: str, numbers: tuple[i
 
 
 def test_a_noise_of_no_known_kind_is_refused_in_the_word_that_users_have_for_it() -> None:
-    with pytest.raises(ValueError, match="distribution is 'uniform': expected 'normal' or 'rademacher'"):
+    with pytest.raises(ValueError, match="distribution is 'uniform': expected 'normal', 'rademacher' or 'low_rank'"):
         noise.Noise("uniform")

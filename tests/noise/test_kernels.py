@@ -16,7 +16,7 @@ import torch
 from numba.core import caching
 
 from mezo_scale import noise
-from mezo_scale.noise import api, cpu, cpu_jit, cpu_kernels, reference
+from mezo_scale.noise import api, cpu, cpu_float16, cpu_jit, reference
 from tests.noise import cases as noise_cases
 from tests.noise.cases import runs_of
 
@@ -103,6 +103,12 @@ def test_rows_looked_up_have_the_references_bits(differ: Differ, distribution: s
     assert differ(noise_cases.rows_differ, torch.bfloat16, torch.float16, (11, 9, 8), 4, **work) == 0
 
 
+@pytest.mark.parametrize("stream", [4, 6, 8, 10], ids=["U-normal", "U-signs", "V-normal", "V-signs"])
+def test_the_factors_of_low_rank_noise_have_the_references_bits(differ: Differ, stream: int) -> None:
+    assert differ(noise_cases.draw_differs, stream, 0, 1100) == 0
+    assert differ(noise_cases.draw_differs, stream, 900, 200) == 0
+
+
 def test_an_element_far_into_a_parameter_has_the_references_bits(differ: Differ) -> None:
     assert differ(noise_cases.write_differs, torch.float32, runs_of(SMALL, start=(1 << 43) - 500)) == 0
 
@@ -152,7 +158,7 @@ def test_a_nan_stays_a_nan(dtype: torch.dtype, rounding: str) -> None:
 
 
 def test_float16_is_the_same_where_the_processor_does_not_know_it() -> None:
-    to_half, from_half = np.vectorize(cpu_kernels.to_half), np.vectorize(cpu_kernels.from_half)
+    to_half, from_half = np.vectorize(cpu_float16.to_half_in_software), np.vectorize(cpu_float16.from_half_in_software)
     halves = np.arange(1 << 16, dtype=np.uint16)
     halves = halves[~np.isnan(halves.view(np.float16))]
     exact = halves.view(np.float16).astype(np.float32)

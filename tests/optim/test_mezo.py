@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_is_recorded_and_writes_nothing(bad: float, tm
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
-@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("distribution", ["normal", "rademacher", "low_rank"])
 def test_a_replay_rebuilds_the_run_bit_by_bit(tmp_path: pathlib.Path, rounding: str, distribution: str) -> None:
     base = models.build("llama", dtype=torch.bfloat16)
     log = tmp_path / "t.mezo"

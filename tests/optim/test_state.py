@@ -90,6 +90,7 @@ def test_low_bits_are_saved_in_the_parameter_s_shape_and_are_copies_when_loaded(
     [
         ({"num_directions": 2}, "saved with num_directions = 1, this run has 2"),
         ({"distribution": "rademacher"}, "saved with distribution = normal, this run has rademacher"),
+        ({"distribution": "low_rank"}, "saved with distribution = normal, this run has low_rank of rank 1 in signs"),
         ({"rounding": "stochastic"}, "saved with rounding = master, this run has stochastic"),
     ],
 )

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mezo_scale.errors import RecipeError
+from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.recipe import Recipe, load
 from mezo_scale.runs.session import train
+from mezo_scale.runs.verify import verify
 from mezo_scale.trajectory import Trajectory
 
 MakeRecipe = Callable[..., Recipe]
@@ -81,9 +82,11 @@ def test_the_check_of_eps_changes_no_step(make_recipe: MakeRecipe, tmp_path: Pat
             "2, but optimizer.group_size is 3: take a multiple of 2",
         ),
         (["batch_size=5", "balance=labels"], "2, but train.batch_size is 5: take a multiple of 2"),
+        (["rank=2"], "optimizer.rank is 2, but optimizer.distribution is normal, which has no rank"),
+        (["distribution=rademacher", "entries=signs"], "optimizer.entries is signs, but .* rademacher"),
     ],
 )
-def test_what_contradicts_the_estimator_is_refused_before_anything_is_written(
+def test_what_contradicts_the_estimator_or_the_noise_is_refused_before_anything_is_written(
     make_recipe: MakeRecipe, options: list[str], said: str
 ) -> None:
     recipe = make_recipe(*options)
@@ -100,3 +103,25 @@ def test_the_metrics_have_a_slope_per_group(make_recipe: MakeRecipe) -> None:
         json.loads(line) for line in (recipe.directory / "metrics.jsonl").read_text().splitlines()
     ]
     assert [len(line["projected_grads"]) for line in lines] == [3, 3]
+
+
+def test_a_recipe_of_low_rank_directions_is_resumed_with_its_own_only(make_recipe: MakeRecipe) -> None:
+    low_rank = ("distribution=low_rank", "rank=2", "entries=normal", "eval_every=0")
+    recipe = make_recipe(*low_rank, "steps=2")
+    train(recipe)
+    train(load(recipe.directory, ["steps=3"]))
+    log = Trajectory.open(recipe.directory / "trajectory.mezo")
+    assert (log.header.distribution, log.header.noise_version, len(log)) == ("low_rank of rank 2 in normal", 2, 3)
+    assert len(list(verify(recipe))) == 3
+    for change, said in (("rank=3", "optimizer.rank: 2, now 3"), ("entries=signs", "optimizer.entries: 'normal', now")):
+        with pytest.raises(RecipeError, match=said):
+            train(make_recipe(*low_rank, "steps=4", change))
+
+
+def test_a_rank_that_no_matrix_has_is_refused_with_both_numbers_before_anything_is_written(
+    make_recipe: MakeRecipe,
+) -> None:
+    recipe = make_recipe("distribution=low_rank", "rank=4096")
+    with pytest.raises(MezoError, match=r"rank is 4096, but a matrix of \d+ x \d+ has rank \d+ at most"):
+        train(recipe)
+    assert not (recipe.directory / "trajectory.mezo").exists()
