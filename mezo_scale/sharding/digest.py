@@ -1,6 +1,6 @@
 """A hash of elements that does not depend on how they are sharded: a sum modulo 2^64 over all of them.
 
-Each element contributes a mix of its bits, its index and a salt. On the CPU one compiled loop (`digest_cpu`), as fast as
+Each element contributes a mix of its bits, its index and a salt. On the CPU one compiled loop (`digest_cpu`) as fast as
 memory is read; elsewhere torch, which gives the same number.
 """
 
