@@ -8,8 +8,8 @@ waits for another.
 Outside of the steps there is nothing that would have to end: there, and at a second signal, the process ends at once.
 It loses nothing but the step in flight, for all others are in the log, which is on the disk.
 
-A launcher that is killed passes nothing on. Its ranks end with it: the system kills them (`end_with_parent`), for a rank
-that waits inside of a library for another one, or for the launcher's store, runs no handler.
+A launcher that is killed passes nothing on. Its ranks end with it: the system kills them (`end_with_parent`), for a
+rank that waits inside of a library for another one, or for the launcher's store, runs no handler.
 """
 
 from __future__ import annotations
