@@ -1,0 +1,373 @@
+"""Runs that are killed, everywhere: at every failpoint, at random moments, rank by rank; then the same command again.
+
+    python -m tools.crash_campaign                      what has no row yet; an hour or two on 2 cores
+    python -m tools.crash_campaign --minutes 10         as much of it as fits
+    python -m tools.crash_campaign --layout single --only log header
+    python -m tools.crash_campaign --report             the tables of docs/reliability.md from the rows there are
+
+A case is right if the command that was given at first, given again until it ends with 0 and at most four times, leaves
+what an undisturbed run leaves: the bits of the checkpoint, the records of the log (run id and chain values are each
+run's own), the results, and no file besides. "single" forks a warm process; "fsdp2" and "ddp" are two ranks under
+torchrun. Rows are appended to tools/results/crash_campaign.jsonl, and a campaign that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tools.failpoints import EVIDENCE, POINTS, VARIABLE
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "tools" / "results" / "crash_campaign.jsonl"
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+STEPS, MOST_SESSIONS, LIMIT_S, HANGS_S = 6, 4, 180, 25
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "train.eval_every=3",
+    "train.snapshot_every=2",
+    "train.keep_snapshots=1",
+    "train.check_every=3",
+    "optimizer.schedule=constant",
+]
+THIRD = (
+    "log.writing",
+    "log.half_written",
+    "log.written",
+    "log.synced",
+    "step",
+    "metrics.writing",
+    "metrics.half_written",
+)
+MORE = ("evaluation.begun:2", "evaluation.ended:2", "results.writing:2", "results.written:2", "log.half_written:7")
+WRITES = (
+    *("header.writing", "header.half_written", "header.written", "header.synced"),
+    *("log.writing:3", "log.half_written:3", "log.written:3", "log.half_written:7"),
+    *("recipe.writing", "environment.writing", "results.synced", "results.writing:2", "metrics.rewriting"),
+    *("metrics.writing:3", "metrics.half_written:3", "snapshot.half_written", "snapshot.sealed", "snapshot.renaming"),
+    *("snapshot.half_pruned", "checkpoint.begun", "checkpoint.half_written", "checkpoint.written"),
+    *("checkpoint.renaming", "plot.writing", "report.writing"),
+)
+EVERY_RANK = ("run", "weights", "evaluation", "step.begun", "step.measured", "step.half", "step.applied", "step.ended")
+EVERY_RANK += ("ranks", "snapshot.begun", "report.begun", "resume.replaying", "resume.half", "resume.replayed")
+BEFORE = {  # what happened to a run before the session that the case is about: a failpoint, or how many steps it had
+    "resume.torn": "log.half_written:kill:4@0",
+    "resume": "log.synced:kill:4@0",
+    "checkpoint.set_aside": "train.steps=4",
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One disturbance. `point` is a failpoint with its count or "moment N"; `who`: a rank, "launcher" or "all"."""
+
+    layout: str
+    point: str
+    action: str
+    who: str
+
+    @property
+    def failpoint(self) -> str:
+        name, _, count = self.point.partition(":")
+        return f"{name}:{self.action}:{count or 1}@{self.who}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.layout, self.point, self.action, self.who
+
+
+def cases() -> list[Case]:
+    """The whole campaign."""
+    points = [f"{name}:3" if name.startswith(THIRD) else name for name in POINTS] + list(MORE)
+    pairs = ("fsdp2", "ddp")
+    found = [Case("single", point, "kill", "0") for point in points]
+    found += [Case("single", point, action, "0") for point in WRITES for action in ("ENOSPC", "EIO")]
+    found += [Case("single", f"moment {number}", "kill", "0") for number in range(100)]
+    found += [Case("fsdp2", "step.begun:3", "hang", "1"), Case("ddp", "log.writing:3", "hang", "0")]
+    everywhere = [point for point in points if point.startswith(EVERY_RANK)]
+    found += [Case(pairs[number % 2], point, "kill", "1") for number, point in enumerate(everywhere)]
+    whom = ("launcher", "0", "1", "all")
+    found += [Case(pairs[number // 4 % 2], f"moment {number}", "kill", whom[number % 4]) for number in range(60)]
+    found += [Case(pairs[number % 2], point, "kill", "0") for number, point in enumerate(points)]
+    return found
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+class Sessions:
+    """Starts the command line and sees how it ends: (code, output); code None if it was ended after its limit."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.number, self.warm = work, 0, False
+        made = [sys.executable, "-m", "tests.support.workload", str(work)]
+        self.recipe = subprocess.run(made, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    def __call__(self, layout: str, run: Path, *, failpoint: str = "", steps: str = "", **ending: Any) -> Any:
+        self.number += 1
+        log = self.work / f"session{self.number}.log"
+        arguments = ["train", self.recipe, f"output.dir={run}", f"sharding.strategy={layout}", *SETTINGS, steps]
+        arguments = [argument for argument in arguments if argument]
+        environment = {VARIABLE: failpoint, EVIDENCE: str(run) + ".hit"}
+        start = self._forked if layout == "single" else self._launched
+        code = _ended(start(arguments, log, environment), **ending)
+        return code, log.read_text(errors="replace")
+
+    def _launched(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        with log.open("wb") as output:
+            return psutil.Popen(
+                [*launcher, "-m", "tools.failpoints", *arguments],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _forked(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
+        if not self.warm:
+            _import_everything()
+            self.warm = True
+        if pid := os.fork():
+            return psutil.Process(pid)
+        code = 1
+        try:
+            os.setsid()
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.environ |= environment
+            sys.argv = ["mezo-scale", *arguments]
+            code = _main()
+        finally:
+            os._exit(code)
+
+
+def _import_everything() -> None:
+    import matplotlib.pyplot  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    import mezo_scale.cli
+    import mezo_scale.runs.session  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # a run collects between its phases: of what was imported a fork would have to copy every page
+
+
+def _main() -> int:
+    import traceback
+
+    from tools import failpoints
+
+    try:
+        failpoints.main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    return 0
+
+
+def _ended(process: psutil.Process, *, after_s: float | None = None, who: str = "0", limit_s: float = LIMIT_S) -> Any:
+    """The exit code. A process is killed after `after_s` seconds; after `limit_s` the launcher, whose ranks then go."""
+    began = time.monotonic()
+    if after_s is not None:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            return process.wait(after_s)
+        for one in _chosen(process, who):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    family = _family(process)
+    try:
+        code = process.wait(max(1.0, limit_s - (time.monotonic() - began)))
+    except psutil.TimeoutExpired:
+        family, code = _family(process), None
+        process.kill()
+        process.wait()
+    if left := psutil.wait_procs(family, timeout=30)[1]:
+        for one in left:
+            one.kill()
+        raise RuntimeError(f"{len(left)} ranks outlived their launcher by 30 s")
+    return code
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
+
+
+def _chosen(process: psutil.Process, who: str) -> list[psutil.Process]:
+    family = _family(process)
+    if who == "launcher" or not family:
+        return [process]
+    if who == "all":
+        return [process, *family]
+    found = []
+    for one in family:
+        with contextlib.suppress(psutil.Error):
+            if one.environ().get("RANK") == who:
+                found.append(one)
+    return found or [process]
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+
+class Campaign:
+    """Carries out cases; what an undisturbed run leaves is made once per layout."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.session = work, Sessions(work)
+        self.undisturbed: dict[str, tuple[Row, float]] = {}
+
+    def reference(self, layout: str) -> tuple[Row, float]:
+        if layout not in self.undisturbed:
+            run, began = self.work / f"undisturbed-{layout}", time.monotonic()
+            code, said = self.session(layout, run)
+            if code:
+                raise RuntimeError(f"the undisturbed run ended with {code}: {said}")
+            self.undisturbed[layout] = left_by(run), time.monotonic() - began
+        return self.undisturbed[layout]
+
+    def row(self, case: Case) -> Row:
+        expected, lasts_s = self.reference(case.layout)
+        began = time.monotonic()
+        run = self.work / "-".join(case.key).replace(" ", "").replace(":", "-")
+        before = next((value for start, value in BEFORE.items() if case.point.startswith(start)), "")
+        if before:
+            how = "steps" if "=" in before else "failpoint"
+            self.session(case.layout, run, **{how: before})
+            Path(f"{run}.hit").unlink(missing_ok=True)
+        if case.point.startswith("moment"):
+            moment = random.Random("/".join(case.key)).uniform(0, lasts_s)
+            ends = [self.session(case.layout, run, after_s=moment, who=case.who)]
+        else:
+            limit_s = HANGS_S + lasts_s if case.action == "hang" else LIMIT_S
+            ends = [self.session(case.layout, run, failpoint=case.failpoint, limit_s=limit_s)]
+        hit = Path(f"{run}.hit").exists() or case.point.startswith("moment")
+        code = None
+        while code != 0 and len(ends) < MOST_SESSIONS:
+            code, _ = ends_now = self.session(case.layout, run)
+            ends.append(ends_now)
+        found = left_by(run)
+        row: Row = {"layout": case.layout, "point": case.point, "action": case.action, "who": case.who, "hit": hit}
+        row |= {"code": ends[0][0], "sessions": len(ends) + bool(before), "ended": code == 0}
+        row |= {f"{what}_equal": found.get(what) == expected[what] for what in ("weights", "records", "results")}
+        row["besides"] = sorted(set(found.get("files", ())) - set(expected["files"]))
+        row["tracebacks"] = sum("Traceback" in said for _, said in ends) if case.layout == "single" else None
+        row["said"] = next((line[:300] for line in ends[0][1].splitlines() if line.startswith("error: ")), "")
+        return row | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def left_by(run: Path) -> Row:
+    """What a finished run left, in a form that equal runs have in common; empty if it did not finish."""
+    from mezo_scale.trajectory import Trajectory
+
+    weights = run / "checkpoint" / "model.safetensors"
+    if not weights.is_file():
+        return {}
+    results = json.loads((run / "evaluation.json").read_text())
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    return {
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "records": repr(Trajectory.open(run / "trajectory.mezo").records),
+        "results": {name: results[name] for name in ("zero_shot", "majority", "tuned")},
+        "files": sorted(name for name in files if not name.startswith("tensorboard/")),
+    }
+
+
+def is_right(row: Row) -> bool:
+    """Whether nobody had to do anything, and nothing shows that something happened."""
+    equal = row["ended"] and row["weights_equal"] and row["records_equal"] and row["results_equal"]
+    besides = [name for name in row["besides"] if name != "trajectory.mezo.torn"]  # what was cut off is kept
+    return bool(equal and not besides and not row["tracebacks"])
+
+
+def read(path: Path) -> list[Row]:
+    """The newest row of every case; half a line at the end is of a campaign that was killed."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return list({tuple(row[name] for name in ("layout", "point", "action", "who")): row for row in rows}.values())
+
+
+def carry_out(chosen: list[Case], path: Path, until: float) -> Iterator[Row]:
+    """Makes the rows that are missing, up to a time of `time.monotonic`, and appends each to the file."""
+    had = {tuple(row[name] for name in ("layout", "point", "action", "who")) for row in read(path)}
+    whole = path.read_bytes() if path.exists() else b""
+    path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    with tempfile.TemporaryDirectory() as work:
+        campaign = Campaign(Path(work))
+        for case in chosen:
+            if case.key in had:
+                continue
+            if time.monotonic() > until:
+                return
+            row = campaign.row(case)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            yield row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", choices=["single", "fsdp2", "ddp"], action="append", help="default: all")
+    parser.add_argument("--only", nargs="+", metavar="START", default=[""], help="points whose names begin so")
+    parser.add_argument("--action", action="append", help="kill, hang, ENOSPC, EIO; default: all")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no case after so many")
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--report", action="store_true", help="write the tables of docs/reliability.md and leave")
+    options = parser.parse_args()
+    if options.report:
+        from tools.crash_report import write
+
+        write(read(options.rows), ROOT / "docs" / "reliability.md")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    chosen = [
+        case
+        for case in cases()
+        if (not options.layout or case.layout in options.layout)
+        and (not options.action or case.action in options.action)
+        and case.point.startswith(tuple(options.only))
+    ]
+    wrong = 0
+    for row in carry_out(chosen, options.rows, time.monotonic() + 60 * options.minutes):
+        wrong += not is_right(row)
+        print("right" if is_right(row) else "WRONG", json.dumps(row), flush=True)
+    gc.unfreeze()  # else nanobind takes for leaked what it can't see
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
