@@ -3,6 +3,7 @@
     python -m tools.crash_campaign                      what has no row yet; an hour or two on 2 cores
     python -m tools.crash_campaign --minutes 10         as much of it as fits
     python -m tools.crash_campaign --layout single --only log header
+    python -m tools.crash_campaign --life               one run that is killed over and over; half a minute
     python -m tools.crash_campaign --report             the tables of docs/reliability.md from the rows there are
 
 A case is right if the command that was given at first, given again until it ends with 0 and at most four times, leaves
@@ -14,14 +15,11 @@ torchrun. Rows are appended to tools/results/crash_campaign.jsonl, and a campaig
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import hashlib
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,30 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tools.crash_sessions import LIMIT_S, ROOT, Sessions
+from tools.failpoints import POINTS
 
-from tools.failpoints import EVIDENCE, POINTS, VARIABLE
-
-ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "results" / "crash_campaign.jsonl"
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "HF_HUB_OFFLINE": "1",
-    "NUMBA_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-STEPS, MOST_SESSIONS, LIMIT_S, HANGS_S = 6, 4, 180, 25
-SETTINGS = [
-    f"train.steps={STEPS}",
-    "train.eval_every=3",
-    "train.snapshot_every=2",
-    "train.keep_snapshots=1",
-    "train.check_every=3",
-    "optimizer.schedule=constant",
-]
+MOST_SESSIONS, HANGS_S = 4, 25
 THIRD = (
     "log.writing",
     "log.half_written",
@@ -79,6 +58,14 @@ BEFORE = {  # what happened to a run before the session that the case is about: 
     "resume": "log.synced:kill:4@0",
     "checkpoint.set_aside": "train.steps=4",
 }
+LIFE = (  # in the order in which a run comes by them
+    *("run.begun", "header.half_written", "header.synced", "header.renamed", "recipe.writing", "results.writing"),
+    *("log.half_written", "log.written", "log.synced", "step.half_applied", "resume.replayed", "metrics.half_written"),
+    *("snapshot.half_written", "snapshot.sealed", "snapshot.renaming", "snapshot.renamed", "snapshot.half_pruned"),
+    *("ranks.compared", "evaluation.ended", "checkpoint.half_written", "checkpoint.written", "checkpoint.renaming"),
+    *("log.closing", "plot.writing", "report.writing"),
+)
+LIFE_STEPS = "train.steps=20"
 Row = dict[str, Any]
 
 
@@ -117,130 +104,6 @@ def cases() -> list[Case]:
     return found
 
 
-# -- sessions ---------------------------------------------------------------------------------------------------------
-
-
-class Sessions:
-    """Starts the command line and sees how it ends: (code, output); code None if it was ended after its limit."""
-
-    def __init__(self, work: Path) -> None:
-        self.work, self.number, self.warm = work, 0, False
-        made = [sys.executable, "-m", "tests.support.workload", str(work)]
-        self.recipe = subprocess.run(made, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    def __call__(self, layout: str, run: Path, *, failpoint: str = "", steps: str = "", **ending: Any) -> Any:
-        self.number += 1
-        log = self.work / f"session{self.number}.log"
-        arguments = ["train", self.recipe, f"output.dir={run}", f"sharding.strategy={layout}", *SETTINGS, steps]
-        arguments = [argument for argument in arguments if argument]
-        environment = {VARIABLE: failpoint, EVIDENCE: str(run) + ".hit"}
-        start = self._forked if layout == "single" else self._launched
-        code = _ended(start(arguments, log, environment), **ending)
-        return code, log.read_text(errors="replace")
-
-    def _launched(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        with log.open("wb") as output:
-            return psutil.Popen(
-                [*launcher, "-m", "tools.failpoints", *arguments],
-                cwd=ROOT,
-                env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def _forked(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
-        if not self.warm:
-            _import_everything()
-            self.warm = True
-        if pid := os.fork():
-            return psutil.Process(pid)
-        code = 1
-        try:
-            os.setsid()
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            os.environ |= environment
-            sys.argv = ["mezo-scale", *arguments]
-            code = _main()
-        finally:
-            os._exit(code)
-
-
-def _import_everything() -> None:
-    import matplotlib.pyplot  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
-
-    import mezo_scale.cli
-    import mezo_scale.runs.session  # noqa: F401
-
-    gc.collect()
-    gc.freeze()  # a run collects between its phases: of what was imported a fork would have to copy every page
-
-
-def _main() -> int:
-    import traceback
-
-    from tools import failpoints
-
-    try:
-        failpoints.main()
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        return 1
-    return 0
-
-
-def _ended(process: psutil.Process, *, after_s: float | None = None, who: str = "0", limit_s: float = LIMIT_S) -> Any:
-    """The exit code. A process is killed after `after_s` seconds; after `limit_s` the launcher, whose ranks then go."""
-    began = time.monotonic()
-    if after_s is not None:
-        with contextlib.suppress(psutil.TimeoutExpired):
-            return process.wait(after_s)
-        for one in _chosen(process, who):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    family = _family(process)
-    try:
-        code = process.wait(max(1.0, limit_s - (time.monotonic() - began)))
-    except psutil.TimeoutExpired:
-        family, code = _family(process), None
-        process.kill()
-        process.wait()
-    if left := psutil.wait_procs(family, timeout=30)[1]:
-        for one in left:
-            one.kill()
-        raise RuntimeError(f"{len(left)} ranks outlived their launcher by 30 s")
-    return code
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return list(process.children(recursive=True))
-    return []
-
-
-def _chosen(process: psutil.Process, who: str) -> list[psutil.Process]:
-    family = _family(process)
-    if who == "launcher" or not family:
-        return [process]
-    if who == "all":
-        return [process, *family]
-    found = []
-    for one in family:
-        with contextlib.suppress(psutil.Error):
-            if one.environ().get("RANK") == who:
-                found.append(one)
-    return found or [process]
-
-
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +139,7 @@ class Campaign:
             limit_s = HANGS_S + lasts_s if case.action == "hang" else LIMIT_S
             ends = [self.session(case.layout, run, failpoint=case.failpoint, limit_s=limit_s)]
         hit = Path(f"{run}.hit").exists() or case.point.startswith("moment")
-        code = None
+        code = ends[0][0]
         while code != 0 and len(ends) < MOST_SESSIONS:
             code, _ = ends_now = self.session(case.layout, run)
             ends.append(ends_now)
@@ -288,6 +151,19 @@ class Campaign:
         row["tracebacks"] = sum("Traceback" in said for _, said in ends) if case.layout == "single" else None
         row["said"] = next((line[:300] for line in ends[0][1].splitlines() if line.startswith("error: ")), "")
         return row | {"seconds": round(time.monotonic() - began, 1)}
+
+    def life(self) -> Row:
+        """One run, killed at each of LIFE and started again, beside one that was left alone."""
+        runs = [self.work / name for name in ("killed", "undisturbed")]
+        missed = []
+        for point in LIFE:
+            code, said = self.session("single", runs[0], failpoint=f"{point}:kill", steps=LIFE_STEPS)
+            if code != -signal.SIGKILL or "Traceback" in said:
+                missed.append(f"{point} (code {code}): {said[-500:]}")
+        codes = [self.session("single", run, steps=LIFE_STEPS)[0] for run in runs]
+        killed, undisturbed = (left_by(run) for run in runs)
+        different = [what for what in undisturbed if killed.get(what) != undisturbed[what] and what != "files"]
+        return {"kills": len(LIFE) - len(missed), "missed": missed, "codes": codes, "different": different}
 
 
 def left_by(run: Path) -> Row:
@@ -346,8 +222,15 @@ def main() -> int:
     parser.add_argument("--action", action="append", help="kill, hang, ENOSPC, EIO; default: all")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no case after so many")
     parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--life", action="store_true", help="only one run, which is killed over and over")
     parser.add_argument("--report", action="store_true", help="write the tables of docs/reliability.md and leave")
     options = parser.parse_args()
+    if options.life:
+        with tempfile.TemporaryDirectory() as work:
+            found = Campaign(Path(work)).life()
+        gc.unfreeze()
+        print(json.dumps(found))
+        return int(found["codes"] != [0, 0] or bool(found["missed"] or found["different"]))
     if options.report:
         from tools.crash_report import write
 

@@ -1,13 +1,26 @@
 """Runs that are killed at every point that has a name, and launchers that are killed before their ranks are."""
 
+import errno
+import json
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.support.launch import Launch, Running
+from mezo_scale.distributed.world import World
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import Recipe
+from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.metrics import Metrics
+from tests.support.launch import ENVIRONMENT, ROOT, Launch, Running
+from tools import failpoints
 
 
 def loading(running: Running, timeout_s: float = 60) -> list[psutil.Process]:
@@ -31,3 +44,65 @@ def test_ranks_that_load_end_with_a_launcher_that_is_killed(
     running.wait(5)
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_run_that_is_killed_at_every_turn_leaves_what_an_undisturbed_one_leaves() -> None:
+    command = [sys.executable, "-m", "tools.crash_campaign", "--life"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert found["kills"] >= 20
+    assert (found["missed"], found["codes"], found["different"], done.returncode) == ([], [0, 0], [], 0)
+
+
+@pytest.mark.parametrize("name", failpoints.POINTS)
+def test_every_failpoint_is_a_place_in_the_package(name: str) -> None:
+    assert callable(failpoints._plain(failpoints._find(failpoints.POINTS[name].target)[2]))
+
+
+@pytest.mark.parametrize("setting", ["", "log.written", "log.written:kill:x", "nothing:kill"])
+def test_a_wrong_failpoint_is_refused(setting: str) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        failpoints.install(setting)
+
+
+WRITERS: dict[str, Callable[[RunDirectory, Recipe, World], Any]] = {
+    "recipe.yaml": lambda run, recipe, world: run.describe(recipe, world),
+    "evaluation.json": lambda run, recipe, world: run.add_evaluation(zero_shot={}),
+    "interrupted.json": lambda run, recipe, world: run.mark_interrupted(3, "SIGTERM"),
+    "metrics.jsonl": lambda run, recipe, world: Metrics(run, world, 0, recipe, None),
+}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_side_file_that_can_not_be_written_is_one_line(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    recipe, world = make_recipe(), World.from_environment()
+    run = RunDirectory(recipe.directory)
+    run.create()
+
+    def fail(number: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(
+        RecipeError, match=rf"{name} can't be written .{os.strerror(code)}.: make room, and give the sam"
+    ):
+        WRITERS[name](run, recipe, world)
+    assert not (run.path / name).exists()
+
+
+def test_a_line_of_metrics_that_does_not_fit_is_one_line_and_closing_adds_no_other_error(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = make_recipe()
+    run = RunDirectory(recipe.directory)
+    run.create()
+    metrics = Metrics(run, World.from_environment(), 0, recipe, None)
+    assert metrics._file is not None
+    metrics._file.close()
+    metrics._file = pathlib.Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115  metrics.close() does
+    with pytest.raises(RecipeError, match="metrics.jsonl can't be written .No space left on device.: make room"):
+        metrics.log(1, loss=0.5)
+    metrics.close()
