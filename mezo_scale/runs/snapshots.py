@@ -130,9 +130,13 @@ def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
         save.write(loaded.model, loaded.tokenizer, folder, masters=masters, seal=seal)
     except SharedError as error:
         return f"step {step}: no snapshot, and the run goes on without: {error}"
+    left = ""
     if collectives.rank() == 0:
-        _prune(run, step, keep)
-    return f"step {step}: snapshot {folder}"
+        try:
+            _prune(run, step, keep)
+        except OSError as error:
+            left = f"; older ones stay ({error.strerror}), and the run goes on"
+    return f"step {step}: snapshot {folder}{left}"
 
 
 def _prune(run: RunDirectory, step: int, keep: int) -> None:

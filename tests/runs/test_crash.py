@@ -19,6 +19,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.session import train
 from tests.support.launch import ENVIRONMENT, ROOT, Launch, Running
 from tools import failpoints
 
@@ -106,3 +107,18 @@ def test_a_line_of_metrics_that_does_not_fit_is_one_line_and_closing_adds_no_oth
     with pytest.raises(RecipeError, match="metrics.jsonl can't be written .No space left on device.: make room"):
         metrics.log(1, loss=0.5)
     metrics.close()
+
+
+def test_an_old_snapshot_that_can_not_be_taken_away_stops_no_run(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if str(target).endswith(".old"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    train(make_recipe("train.snapshot_every=2", "train.keep_snapshots=1"))
+    assert "older ones stay (Input/output error), and the run goes on" in capsys.readouterr().out
