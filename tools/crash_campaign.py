@@ -47,7 +47,7 @@ WRITES = (
     *("header.writing", "header.half_written", "header.written", "header.synced"),
     *("log.writing:3", "log.half_written:3", "log.written:3", "log.half_written:7"),
     *("recipe.writing", "environment.writing", "results.synced", "results.writing:2", "metrics.rewriting"),
-    *("metrics.writing:3", "metrics.half_written:3", "snapshot.half_written", "snapshot.sealed", "snapshot.renaming"),
+    *("snapshot.half_written", "snapshot.sealed", "snapshot.renaming"),
     *("snapshot.half_pruned", "checkpoint.begun", "checkpoint.half_written", "checkpoint.written"),
     *("checkpoint.renaming", "plot.writing", "report.writing"),
 )
