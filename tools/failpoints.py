@@ -12,6 +12,7 @@ begins (docs/decisions/0014-failpoints.md); one that no longer exists stops the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib
@@ -96,7 +97,7 @@ POINTS = {
     "snapshot.pruning": Point(f"{_SNAPSHOTS}_prune", "before"),
     "snapshot.half_pruned": Point("os:replace", "after", rf"{SNAPSHOT}\.old$"),
     "snapshot.pruned": Point(f"{_SNAPSHOTS}_prune", "after"),
-    "checkpoint.begun": Point(f"{_SAVE}_begin", "before", "/checkpoint$"),
+    "checkpoint.begun": Point(f"{_SAVE}_begin", "before", r"/checkpoint\.partial$"),
     "checkpoint.half_written": Point(_PIECE, "after", r"/checkpoint\.partial/"),
     "checkpoint.written": Point("os:fsync", "before", r"/checkpoint\.partial$"),
     "checkpoint.set_aside": Point("os:rename", "after", r"/checkpoint\.old$"),
@@ -182,7 +183,8 @@ def _path_of(args: tuple[Any, ...]) -> str:
         value = value._files[0] if hasattr(value, "_files") else value
         value = getattr(value, "name", None) if hasattr(value, "write") else value
         if type(value) is int:
-            value = os.readlink(f"/proc/self/fd/{value}")
+            with contextlib.suppress(OSError):  # not every number is a file
+                value = os.readlink(f"/proc/self/fd/{value}")
         if isinstance(value, str | Path):
             found = os.fspath(value)
     return found

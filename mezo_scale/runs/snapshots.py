@@ -145,7 +145,12 @@ def _prune(run: RunDirectory, step: int, keep: int) -> None:
     for number, path in _by_step(run).items():
         if number not in older[-keep:]:
             path.replace(path.with_name(f"{path.name}.old"))  # a name that is never read, before anything goes
-    for path in run.snapshots.iterdir():
+    tidy(run)
+
+
+def tidy(run: RunDirectory) -> None:
+    """Takes away what a session that was killed left of a snapshot; for rank 0, while it holds the log's lock."""
+    for path in run.snapshots.iterdir() if run.snapshots.is_dir() else ():
         if _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 

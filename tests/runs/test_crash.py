@@ -122,3 +122,15 @@ def test_an_old_snapshot_that_can_not_be_taken_away_stops_no_run(
     monkeypatch.setattr(os, "replace", fail)
     train(make_recipe("train.snapshot_every=2", "train.keep_snapshots=1"))
     assert "older ones stay (Input/output error), and the run goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["step-4.partial", "step-2.old"])
+def test_what_a_killed_session_left_of_its_last_snapshot_goes_with_the_next_session(
+    make_recipe: Callable[..., Recipe], name: str
+) -> None:
+    recipe = make_recipe()
+    train(recipe)
+    left = recipe.directory / "snapshots" / name
+    left.mkdir(parents=True)
+    train(recipe)
+    assert not left.exists()
