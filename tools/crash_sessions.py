@@ -55,7 +55,12 @@ class Sessions:
         arguments = [argument for argument in arguments if argument]
         environment = {VARIABLE: failpoint, EVIDENCE: str(run) + ".hit"}
         start = self._forked if layout == "single" else self._launched
-        code = _ended(start(arguments, log, environment), **ending)
+        process = start(arguments, log, environment)
+        try:
+            code = _ended(process, **ending)
+        finally:  # a campaign that is stopped leaves nothing behind: ranks end with their launcher
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         return code, log.read_text(errors="replace")
 
     def _launched(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
