@@ -8,7 +8,7 @@ DOCS   := $(VENV)/.docs
 JOBS   ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-launch check format bench bench-kernels sweep docs clean
+.PHONY: help install demo test test-launch check format bench bench-kernels sweep crash docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,11 @@ bench-kernels: install  ## time the noise kernels against torch on this machine,
 sweep: install  ## every model family and PEFT method, perturbed, against copies that were really moved; an hour
 	$(BIN)/python -m tools.model_sweep
 	$(BIN)/python -m tools.model_sweep --report
+
+crash: install  ## runs that are killed everywhere and started again, damaged files by the hundred thousand; hours
+	$(BIN)/python -m tools.crash_campaign
+	$(BIN)/python -m tools.mutate
+	$(BIN)/python -m tools.crash_campaign --report
 
 docs: $(DOCS)  ## build the documentation into build/site; a broken link or a page in no menu is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

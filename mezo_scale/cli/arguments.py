@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mezo_scale.distributed import launcher
+from mezo_scale.distributed.signals import end_with_parent
 from mezo_scale.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ Until = Annotated[int | None, typer.Option(help="Stop after this many steps of t
 def launch(processes: int | None) -> None:
     """Says who started this process; without a launcher, starts one rank per device (or `processes`) in its place."""
     found = launcher.adopt()
+    if found.name in launcher.PARENTS:
+        end_with_parent()
     if found.name == "none":
         import torch
 

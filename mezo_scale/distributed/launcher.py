@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from mezo_scale.errors import LaunchError
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PARENTS = ("torchrun", "accelerate launch", "deepspeed")
+"""Launchers that are their ranks' parent process, and live as long as they do."""
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below the ports that the kernel hands out
 # torchrun's agents forward these and wait for the ranks; without SIGUSR1 among them, SLURM's warning would kill them.
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

@@ -7,15 +7,19 @@ waits for another.
 
 Outside of the steps there is nothing that would have to end: there, and at a second signal, the process ends at once.
 It loses nothing but the step in flight, for all others are in the log, which is on the disk.
+
+A launcher that is killed passes nothing on. Its ranks end with it: the system kills them (`end_with_parent`), for a
+rank that waits inside of a library for another one, or for the launcher's store, runs no handler.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:  # seconds to import
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 ECHO_S = 1.0  # a launcher passes on what the terminal or srun sends to its ranks as well: that is no second signal
 _KEY = "stop-after"
+_PR_SET_PDEATHSIG = 1
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
@@ -40,6 +45,12 @@ def end_at_once_when_signalled() -> None:
     """From now on, until `watch` and after it."""
     for number in SIGNALS:
         signal.signal(number, end_at_once)
+
+
+def end_with_parent() -> None:
+    """From now on the system kills this process when the one that started it ends, on Linux."""
+    with suppress(AttributeError):  # other systems have no prctl
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Interrupted(SystemExit):

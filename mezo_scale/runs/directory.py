@@ -6,6 +6,8 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,19 +186,33 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file that is never seen half-written, after a power loss neither."""
+    """Writes a file that is never seen half-written, after a power loss neither. Raises RecipeError if it can't be."""
     beside = path.with_name(path.name + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with writing(path):
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against a file of the run becomes a RecipeError: there is a disk to be seen to."""
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(
+            f"{path} can't be written ({error.strerror or error}): make room, and give the same command again: the run "
+            "goes on after the last step in its log"
+        ) from None
 
 
 def keep_aside(path: Path) -> None:
     """Moves a damaged file beside its name, and says so."""
     beside = path.with_name(path.name + ".damaged")
-    path.replace(beside)
+    with writing(path):
+        path.replace(beside)
     warnings.warn(f"{path} is damaged and is begun anew; what it held is in {beside}", stacklevel=3)
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+from contextlib import suppress
 from typing import Any, TextIO
 
 from mezo_scale.distributed.world import World
 from mezo_scale.recipe import Recipe
-from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.directory import RunDirectory, replace_file, writing
 from mezo_scale.runs.trackers import Trackers
 
 
@@ -19,6 +20,7 @@ class Metrics:
     """
 
     def __init__(self, run: RunDirectory, world: World, first_step: int, recipe: Recipe, run_id: str | None) -> None:
+        self._path = run.metrics
         self._file: TextIO | None = None
         self._board: Any = None  # TensorBoard's, imported below
         if world.rank == 0:
@@ -28,17 +30,23 @@ class Metrics:
             run.keep_damaged_metrics()
             whole = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step)
             replace_file(run.metrics, whole)
-            self._file = run.metrics.open("a", encoding="utf-8")
             self._trackers = Trackers(recipe, run_id)
-            self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
+            with writing(run.metrics):
+                self._file = run.metrics.open("a", encoding="utf-8")
+            with writing(run.path / "tensorboard"):
+                self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, **values: Any) -> None:
-        """Adds one line; `step` counts the steps done. What is not finite is null in the file: JSON has no NaN."""
+        """Adds one line; `step` counts the steps done. What is not finite is null in the file: JSON has no NaN.
+
+        Raises RecipeError if it can't be written.
+        """
         if self._file is None:
             return
         finite = {name: _finite(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
@@ -46,7 +54,8 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # every line was flushed; of one that could not be it was said
+                self._file.close()
             self._board.close()
             self._trackers.close()
 

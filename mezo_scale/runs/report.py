@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from mezo_scale.recipe import Recipe
-from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.directory import RunDirectory, replace_file, writing
 from mezo_scale.runs.learning import estimator_of
 from mezo_scale.runs.memory import MEANING
 from mezo_scale.tasks.score import interval_key
@@ -98,8 +98,12 @@ def write_report(
         layout: `Strategy.layout`.
         tuned: what was tuned, as `Trainer` says it.
         memory_gib: by phase, of the session that ends with this report.
+
+    Raises:
+        RecipeError: they can't be written.
     """
-    _plot(run, results)
+    with writing(run.plot):
+        _plot(run, results)
     estimator = estimator_of(recipe)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)

@@ -129,9 +129,13 @@ def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
         save.write(loaded.model, loaded.tokenizer, folder, masters=masters, seal=seal)
     except SharedError as error:
         return f"step {step}: no snapshot, and the run goes on without: {error}"
+    left = ""
     if collectives.rank() == 0:
-        _prune(run, step, keep)
-    return f"step {step}: snapshot {folder}"
+        try:
+            _prune(run, step, keep)
+        except OSError as error:
+            left = f"; older ones stay ({error.strerror}), and the run goes on"
+    return f"step {step}: snapshot {folder}{left}"
 
 
 def _prune(run: RunDirectory, step: int, keep: int) -> None:
@@ -140,7 +144,12 @@ def _prune(run: RunDirectory, step: int, keep: int) -> None:
     for number, path in _by_step(run).items():
         if number not in older[-keep:]:
             path.replace(path.with_name(f"{path.name}.old"))  # a name that is never read, before anything goes
-    for path in run.snapshots.iterdir():
+    tidy(run)
+
+
+def tidy(run: RunDirectory) -> None:
+    """Takes away what a session that was killed left of a snapshot; for rank 0, while it holds the log's lock."""
+    for path in run.snapshots.iterdir() if run.snapshots.is_dir() else ():
         if _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -144,6 +144,7 @@ class Trainer:
         steps = self.recipe.train.steps
         if self.world.rank == 0:
             self.run.describe(self.recipe, self.world)
+            snapshots.tidy(self.run)
             self.run.add_evaluation(**results)
         if optimizer.step_count < steps or results.get("tuned", {}).get("step") != steps:
             skipped = self._train(optimizer)

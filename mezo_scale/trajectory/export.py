@@ -29,6 +29,7 @@ from mezo_scale.trajectory.steps import Contents, Rows, Steps, payload
 
 MAGIC = b"MEZOEXP1"
 _DIGEST = 16
+_MOST_STEPS = 2**40  # so that no size is beyond what NumPy counts with
 _FINAL = "is an export, which holds what a replay needs and no more: continue the run's own trajectory"
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
@@ -53,17 +54,60 @@ def read(data: bytes, where: str) -> Contents:
     if _digest(body) != digest:
         raise TrajectoryError(f"{where} is damaged: restore the file from a copy, or export the run once more")
     header, start = unpack_header(body, where)
+    try:
+        about, begin = _about(header, body, start)
+        rows = _rows(header, about, _columns(header, about, body[begin:]))
+    except (ValueError, RecursionError, struct.error, lzma.LZMAError):
+        raise TrajectoryError(
+            f"{where} is no export that can be read, though its digest is right: restore the file from a copy, or "
+            "export the run once more"
+        ) from None
+    unread = [(step, tuple(positions)) for step, positions in about["unread"]]
+    return Contents(header, Steps(rows, unread), len(data), len(data), final=_FINAL)
+
+
+def _about(header: Header, body: bytes, start: int) -> tuple[dict[str, Any], int]:
+    """What the JSON text says, checked, and where the columns begin. Raises ValueError, struct.error."""
     (length,) = struct.unpack_from("<I", body, start)
-    start += 4
-    about = json.loads(body[start : start + length])
-    columns = lzma.decompress(body[start + length :], format=lzma.FORMAT_RAW, filters=_FILTERS)
-    unread = [(int(step), tuple(positions)) for step, positions in about["unread"]]
-    return Contents(header, Steps(_rows(header, about, columns), unread), len(data), len(data), final=_FINAL)
+    begin = start + 4 + length
+    about = json.loads(body[start + 4 : begin])
+    if not isinstance(about, dict) or about.keys() != {"steps", "seeds", "unread"}:
+        raise ValueError("other fields than an export's")
+    steps, unread = about["steps"], about["unread"]
+    if type(steps) is not int or not 0 <= steps <= _MOST_STEPS or type(about["seeds"]) is not bool:
+        raise ValueError("no number of steps")
+    if not isinstance(unread, list) or not all(_is_change(change, header, steps) for change in unread):
+        raise ValueError("no changes of unread parameters")
+    return about, begin
+
+
+def _is_change(change: object, header: Header, steps: int) -> bool:
+    if not isinstance(change, list) or len(change) != 2 or not isinstance(change[1], list):
+        return False
+    step, positions = change
+    known = all(type(position) is int and 0 <= position < len(header.manifest) for position in positions)
+    return known and type(step) is int and 0 <= step < steps
+
+
+def _sizes(header: Header, steps: int) -> list[int]:
+    """Bytes of the columns: skipped, decays, alphas, seeds."""
+    k, g = header.num_directions, header.num_groups
+    return [-(-steps // 8), 4 * steps * g, 4 * steps * g * k, 8 * steps * k]
+
+
+def _columns(header: Header, about: dict[str, Any], packed: bytes) -> bytes:
+    """The LZMA stream unpacked, no further than it may be long. Raises ValueError, LZMAError."""
+    size = sum(_sizes(header, about["steps"])[: 4 if about["seeds"] else 3])
+    unpacking = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_FILTERS)
+    columns = unpacking.decompress(packed, max_length=size + 1)
+    if len(columns) != size or not unpacking.eof or unpacking.unused_data:
+        raise ValueError("other columns than its steps have")
+    return columns
 
 
 def _rows(header: Header, about: dict[str, Any], columns: bytes) -> Rows:
     steps, k, g = about["steps"], header.num_directions, header.num_groups
-    sizes = np.cumsum([-(-steps // 8), 4 * steps * g, 4 * steps * g * k]).tolist()
+    sizes = np.cumsum(_sizes(header, steps)).tolist()
     skipped = np.unpackbits(np.frombuffer(columns[: sizes[0]], dtype=np.uint8), count=steps).astype(bool)
     rows = np.zeros(steps, dtype=np.dtype(payload(header)))
     rows["decays"] = _from_planes(columns[sizes[0] : sizes[1]], (steps, g))

@@ -99,15 +99,16 @@ class Header:
             self.rounding,
             self.estimator,
             self.rule,
-            *(self.fingerprints or {}).values(),
+            *(() if self.frozen is None else (self.frozen,)),
+            *(() if self.fingerprints is None else _texts(self.fingerprints)),
         )
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("fingerprint, distribution, rounding, estimator, rule and fingerprints are text")
+            raise ValueError("fingerprint, frozen, distribution, rounding, estimator, rule and fingerprints are text")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}: expected an integer of 64 bits without sign")
         if not (isinstance(self.eps, int | float) and type(self.noise_version) is int):
             raise ValueError(f"eps is {self.eps!r}, noise_version {self.noise_version!r}: expected numbers")
-        if not all(isinstance(entry, list) and len(entry) == 5 for entry in self.manifest):
+        if not isinstance(self.manifest, list) or not all(map(_is_entry, self.manifest)):
             raise ValueError("the manifest's entries are lists of name, shape, dtype, group and whether it decays")
         if self.run_id is not None and not re.fullmatch("[0-9a-f]{32}", self.run_id):
             raise ValueError(f"run_id is {self.run_id!r}: expected 32 hexadecimal digits")
@@ -150,6 +151,18 @@ class Header:
         """Raise a TrajectoryError that names the first parameter in which a model's manifest differs."""
         if self.manifest != manifest:
             raise TrajectoryError(f"{where} belongs to another model: {_difference(self.manifest, manifest)}")
+
+
+def _texts(fingerprints: object) -> tuple[object, ...]:
+    return tuple(fingerprints.values()) if isinstance(fingerprints, dict) else (None,)
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 5:
+        return False
+    name, shape, dtype, group, decayed = entry
+    sized = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return sized and isinstance(name, str) and isinstance(dtype, str) and type(group) is int and type(decayed) is bool
 
 
 def _difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str:

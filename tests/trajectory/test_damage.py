@@ -8,6 +8,7 @@ import pytest
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.trajectory import Header, StepRecord, Trajectory
 from tests.trajectory.logs import MANY, begin, header, record, size, with_run_id, written, written_in_version_1
+from tools.mutate import mutated
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of a record that was cut off")
 STEPS = 30
@@ -93,28 +94,6 @@ def test_a_record_of_another_run_of_the_same_model_and_seed_is_refused(tmp_path:
         assert accepted(one[:at] + other[at : at + length] + one[at + length :]) is None
         assert accepted(one[:at] + other[at:]) is None
     assert accepted(one[:start] + other[start:]) is None
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """One or two changes of the kinds that disks, copies and people make."""
-    for _ in range(chance.choice((1, 1, 2))):
-        at, length = chance.randrange(len(data)), chance.choice((1, 1, 4, 17, 92, 512, 4096))
-        kind = chance.randrange(6)
-        if kind == 0:
-            data = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-        elif kind == 1:
-            data = data[:at] + chance.randbytes(length) + data[at + length :]
-        elif kind == 2:
-            data = data[:at] + bytes(min(length, len(data) - at)) + data[at + length :]
-        elif kind == 3:
-            data = data[:at] + data[at + length :]
-        elif kind == 4:
-            data = data[:at] + data[chance.randrange(len(data)) :][:length] + data[at:]
-        else:
-            data = data[:at]
-        if not data:
-            return data
-    return data
 
 
 def test_ten_thousand_mutations_are_refused_or_leave_a_prefix(tmp_path: pathlib.Path) -> None:

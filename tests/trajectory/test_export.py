@@ -1,16 +1,21 @@
 """The compact form: what a replay needs in as few bytes as it takes; and files of version 1."""
 
+import json
+import lzma
 import math
 import pathlib
 import re
+import struct
 from dataclasses import replace
+from hashlib import blake2b
 
 import numpy as np
 import pytest
 
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.noise import direction_seed
-from mezo_scale.trajectory import Header, StepRecord, Trajectory
+from mezo_scale.trajectory import Header, StepRecord, Trajectory, export
+from mezo_scale.trajectory.codec import pack_header
 from tests.trajectory.logs import MANY, header, record, written, written_in_version_1
 
 ONE = header(num_directions=1)
@@ -77,6 +82,59 @@ def test_an_export_takes_the_place_of_nothing_and_is_not_continued(tmp_path: pat
         Trajectory.open(tmp_path / "out", append=True)
 
 
+def with_digest(body: bytes) -> bytes:
+    return body + blake2b(body, digest_size=16).digest()
+
+
+def with_about(about: object, columns: bytes = b"") -> bytes:
+    """An export whose digest is right, whatever it holds."""
+    text = about if isinstance(about, bytes) else json.dumps(about).encode()
+    packed = lzma.compress(columns, format=lzma.FORMAT_RAW, filters=export._FILTERS)
+    return with_digest(pack_header(ONE, export.MAGIC) + struct.pack("<I", len(text)) + text + packed)
+
+
+EMPTY = {"steps": 0, "seeds": False, "unread": []}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        with_digest(pack_header(ONE, export.MAGIC)),
+        with_digest(pack_header(ONE, export.MAGIC) + struct.pack("<I", 2) + b"{}no LZMA"),
+        with_about(b"{"),
+        with_about(b"\xff"),
+        with_about(b"[" * 100_000),
+        with_about([]),
+        with_about({"steps": 0}),
+        with_about(EMPTY | {"more": 1}),
+        with_about(EMPTY | {"steps": -1}),
+        with_about(EMPTY | {"steps": True}),
+        with_about(EMPTY | {"steps": 1}),
+        with_about(EMPTY | {"steps": 10**12}),
+        with_about(EMPTY | {"steps": 10**30}),
+        with_about(EMPTY | {"seeds": 1}),
+        with_about(EMPTY | {"unread": 1}),
+        with_about(EMPTY | {"unread": [[0, [0]]]}),
+        with_about({"steps": 1, "seeds": False, "unread": [[0, [5]]]}, bytes(9)),
+        with_about({"steps": 1, "seeds": False, "unread": [[0, 1]]}, bytes(9)),
+        with_about({"steps": 1, "seeds": False, "unread": [0]}, bytes(9)),
+        with_about(EMPTY, bytes(1)),
+        with_about(EMPTY, bytes(2**26)),
+    ],
+)
+def test_an_export_that_holds_what_none_can_is_refused_though_its_digest_is_right(data: bytes) -> None:
+    with pytest.raises(
+        TrajectoryError, match="the trajectory is no export that can be read, though .*: restore the file"
+    ):
+        Trajectory.parse(data)
+
+
+def test_what_these_exports_are_made_like_is_one() -> None:
+    assert len(Trajectory.parse(with_about(EMPTY))) == 0
+    (found,) = Trajectory.parse(with_about({"steps": 1, "seeds": False, "unread": [[0, [0]]]}, bytes(9)))
+    assert (found.unread, found.skipped) == ((0,), False)
+
+
 def old_header(head: Header) -> Header:
     return replace(head, run_id=None)
 
@@ -100,9 +158,15 @@ def test_headers_of_numbers_that_no_run_has_are_refused() -> None:
     for change in ({"num_directions": -1}, {"num_directions": 1.5}, {"num_directions": 10**12}, {"num_groups": None}):
         with pytest.raises(ValueError, match="num_directions and num_groups are"):
             header(**change)
-    for name, value in {"seed": -1, "eps": "1", "run_id": "x", "manifest": [1], "fingerprint": 3}.items():
+    wrong = {"seed": -1, "eps": "1", "run_id": "x", "manifest": [1], "fingerprint": 3, "frozen": 3}
+    wrong |= {"fingerprints": ["a"]}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=re.escape(name)):
             header(**{name: value})
+    good = ["a.weight", [3, 2], "float32", 0, True]
+    for manifest in ({}, "abcde", [good[:4]], *([[*good[:at], None, *good[at + 1 :]]] for at in range(5))):
+        with pytest.raises(ValueError, match="the manifest"):
+            header(manifest=manifest)
 
 
 def test_what_an_export_is_made_of_is_read_from_the_file(tmp_path: pathlib.Path) -> None:

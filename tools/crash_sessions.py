@@ -1,0 +1,166 @@
+"""Sessions of a run as a user starts them, which end by themselves, or are killed from outside or at a failpoint.
+
+A session of one process is forked from this one, which has imported everything: it costs a second. One of two ranks is
+started by torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tools.failpoints import EVIDENCE, VARIABLE
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+LIMIT_S = 180
+SETTINGS = [
+    "train.steps=6",
+    "train.eval_every=3",
+    "train.snapshot_every=2",
+    "train.keep_snapshots=1",
+    "train.check_every=3",
+    "optimizer.schedule=constant",
+]
+
+
+class Sessions:
+    """Starts the command line and sees how it ends: (code, output); code None if it was ended after its limit."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.number, self.warm = work, 0, False
+        made = [sys.executable, "-m", "tests.support.workload", str(work)]
+        self.recipe = subprocess.run(made, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    def __call__(self, layout: str, run: Path, *, failpoint: str = "", steps: str = "", **ending: Any) -> Any:
+        self.number += 1
+        log = self.work / f"session{self.number}.log"
+        arguments = ["train", self.recipe, f"output.dir={run}", f"sharding.strategy={layout}", *SETTINGS, steps]
+        arguments = [argument for argument in arguments if argument]
+        environment = {VARIABLE: failpoint, EVIDENCE: str(run) + ".hit"}
+        start = self._forked if layout == "single" else self._launched
+        process = start(arguments, log, environment)
+        try:
+            code = _ended(process, **ending)
+        finally:  # a campaign that is stopped leaves nothing behind: ranks end with their launcher
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return code, log.read_text(errors="replace")
+
+    def _launched(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        with log.open("wb") as output:
+            return psutil.Popen(
+                [*launcher, "-m", "tools.failpoints", *arguments],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _forked(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
+        if not self.warm:
+            _import_everything()
+            self.warm = True
+        if pid := os.fork():
+            return psutil.Process(pid)
+        code = 1
+        try:
+            os.setsid()
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.environ |= environment
+            sys.argv = ["mezo-scale", *arguments]
+            code = _main()
+        finally:
+            os._exit(code)
+
+
+def _import_everything() -> None:
+    import matplotlib.pyplot  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    import mezo_scale.cli
+    import mezo_scale.runs.session  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # a run collects between its phases: of what was imported a fork would have to copy every page
+
+
+def _main() -> int:
+    import traceback
+
+    from tools import failpoints
+
+    try:
+        failpoints.main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    return 0
+
+
+def _ended(process: psutil.Process, *, after_s: float | None = None, who: str = "0", limit_s: float = LIMIT_S) -> Any:
+    """The exit code. A process is killed after `after_s` seconds; after `limit_s` the launcher, whose ranks then go."""
+    began = time.monotonic()
+    if after_s is not None:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            return process.wait(after_s)
+        for one in _chosen(process, who):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    family = _family(process)
+    try:
+        code = process.wait(max(1.0, limit_s - (time.monotonic() - began)))
+    except psutil.TimeoutExpired:
+        family, code = _family(process), None
+        process.kill()
+        process.wait()
+    if left := psutil.wait_procs(family, timeout=30)[1]:
+        for one in left:
+            one.kill()
+        raise RuntimeError(f"{len(left)} ranks outlived their launcher by 30 s")
+    return code
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
+
+
+def _chosen(process: psutil.Process, who: str) -> list[psutil.Process]:
+    family = _family(process)
+    if who == "launcher" or not family:
+        return [process]
+    if who == "all":
+        return [process, *family]
+    found = []
+    for one in family:
+        with contextlib.suppress(psutil.Error):
+            if one.environ().get("RANK") == who:
+                found.append(one)
+    return found or [process]
