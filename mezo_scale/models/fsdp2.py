@@ -102,6 +102,7 @@ def _random_fsdp2(
     model: nn.Module
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(checkpoints.find(name), dtype=dtype)
+    model.tie_weights()  # type: ignore[operator]  # undone while it was made without memory; FSDP2 would keep a tied table twice
     shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
     buffers = {name: buffer.to(world.device) for name, buffer in model.named_buffers()}
     model.to_empty(device="cpu" if offload else world.device)
