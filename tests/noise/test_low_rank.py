@@ -218,7 +218,7 @@ def test_many_steps_in_one_call_give_the_bits_of_many_calls(kind: Noise, monkeyp
         ("rank is 38, but a matrix of 37 x 61 has rank 37 at most", lambda: z_of(1, 2, SHAPE, Noise("low_rank", 38))),
         ("shape is None", lambda: noise.write_(torch.ones(6), [[0, 0, 6]], 1, [[1]], [[1]], [1], noise=NOISES[0])),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_low_rank_noise_can_not_be_is_refused_in_words(message: str, make: Any) -> None:
     with pytest.raises(ValueError, match=message):
