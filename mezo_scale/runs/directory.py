@@ -18,6 +18,7 @@ import torch
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import RECIPE_FILE, Recipe, dump, load
+from mezo_scale.trajectory import Trajectory
 
 ADAPTER_INIT = "adapter_init"
 _Kind = TypeVar("_Kind", list[Any], dict[str, Any])
@@ -130,6 +131,10 @@ class RunDirectory:
         graded = tuned.get("step") if isinstance(tuned, dict) else None
         said: list[int] = [line["step"] for line in self.read_metrics()]
         return max(0, *said, graded if isinstance(graded, int) else 0)
+
+    def read_log(self) -> Trajectory:
+        """The run's trajectory. Raises TrajectoryError if it is not there, damaged, or has lost steps."""
+        return Trajectory.open(self.trajectory, at_least=self.steps_said())
 
     def check_unclaimed(self) -> None:
         """Whether a run can begin here: the folder has no trajectory, and so nothing that a run would write over.

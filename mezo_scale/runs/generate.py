@@ -15,7 +15,6 @@ from mezo_scale.optim.replay import replay
 from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.trajectory import Trajectory
 
 
 def generate(
@@ -67,7 +66,7 @@ def _load(source: str, until: int | None, screen: Screen) -> tuple[Any, Any]:
             raise RecipeError(f"--until is {until}, but {source} is not the directory of a run")
         checkpoints.find(source)
         return checkpoints.read(source, torch.float32), checkpoints.load_tokenizer(source)
-    base, records = recipes.load(source).model.name, Trajectory.open(run.trajectory)
+    base, records = recipes.load(source).model.name, run.read_log()
     checkpoints.find(base)
     model = begun(base, records, run.adapter_init if run.adapter_init.is_dir() else None)
     with screen.counting("replaying") as progress:

@@ -11,7 +11,6 @@ from mezo_scale import recipe as recipes
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.report import RESULTS, main_metric
-from mezo_scale.trajectory import Trajectory
 
 _PLACES = ("output.dir",)  # fields that say where a run lies, not what it is
 
@@ -107,9 +106,7 @@ def _entry(run: Path) -> dict[str, Any]:
     try:
         recipe = recipes.load(run)
         lines, method = files.read_metrics(), recipe.method.name
-        done = (
-            len(Trajectory.open(files.trajectory)) if method == "mezo" else max((at["step"] for at in lines), default=0)
-        )
+        done = len(files.read_log()) if method == "mezo" else max((at["step"] for at in lines), default=0)
     except MezoError as error:
         return {"run": str(run), "error": str(error)}
     tree = {

@@ -50,7 +50,7 @@ def export(directory: Path, out: Path) -> tuple[int, int]:
         TrajectoryError: the trajectory is damaged or has fewer steps than were taken, or `out` is there already.
     """
     run = RunDirectory(directory)
-    records = Trajectory.open(run.trajectory, at_least=run.steps_said())
+    records = run.read_log()
     return len(records), records.export(out)
 
 

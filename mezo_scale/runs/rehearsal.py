@@ -42,14 +42,16 @@ def rehearse(
     forward_s = _time_forward(loaded, objective, batch, phases)
     tokens = collectives.max_integer(max(leaf.shape[-1] for leaf in batch.values() if leaf.dim() > 1))
     rows = collectives.max_integer(len(next(iter(batch.values()))))
-    branches = 2 * recipe.optimizer.num_directions
+    branches = _branches(recipe)
     work = Workload(rows, tokens, branches, recipe.model.compute_dtype or recipe.model.dtype)
     planned = memory(architecture(loaded.model.config), loaded.strategy, work).peak / GIB
     loading, alone = phases.most_gib(LOADING), phases.most_gib(INFERENCE)
     parts = -(-recipe.train.batch_size // (rows * loaded.strategy.axes.rows_size))
     step_s = branches * parts * forward_s
+    plain = recipe.tune.what == "full" and recipe.optimizer.distribution != "low_rank"
     screen.say(
-        f"memory per rank: {planned:.2f} GiB planned for a step's weights and activations; measured "
+        f"memory per rank: {planned:.2f} GiB planned for a step's weights and activations"
+        f"{'' if plain else ' if all weights were tuned by dense directions, less here'}; measured "
         f"{loading:.2f} GiB with the model loaded, {alone:.2f} GiB in one forward pass"
     )
     screen.say(
@@ -58,6 +60,13 @@ def rehearse(
         f"{_duration(step_s * recipe.train.steps)}, evaluations aside"
     )
     screen.say("dry run: nothing was written, and no step was taken; leave --dry-run out to train")
+
+
+def _branches(recipe: Recipe) -> int:
+    """Evaluations of a row in a step."""
+    if recipe.optimizer.estimator == "grouped":
+        return 2
+    return recipe.optimizer.num_directions * (1 if recipe.optimizer.estimator == "one_sided" else 2)
 
 
 def _show_data(recipe: Recipe, kind: Kind[Any, Any], splits: EncodedSplits, screen: Screen) -> None:

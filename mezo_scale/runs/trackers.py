@@ -50,10 +50,17 @@ class Trackers:
         for name in names:
             made = LOGGER_TYPE_TO_CLASS[name]
             folder = {"logging_dir": str(recipe.directory / name)} if made.requires_logging_directory else {}
-            tracker = made(project, **folder, **_identity(name, recipe.directory, run_id))
-            if hasattr(tracker, "start"):
-                tracker.start()
-            tracker.store_init_configuration(_flat(recipe))
+            try:
+                tracker = made(project, **folder, **_identity(name, recipe.directory, run_id))
+                if hasattr(tracker, "start"):
+                    tracker.start()
+                tracker.store_init_configuration(_flat(recipe))
+            except Exception as error:  # each service has its own for a login that is missing
+                self.close()
+                raise RecipeError(
+                    f"output.trackers: {name} can't be opened ({' '.join(str(error).split())[:200]}): log in to it, or "
+                    "leave it out"
+                ) from None
             self._open.append(tracker)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

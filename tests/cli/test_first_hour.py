@@ -153,3 +153,33 @@ def test_what_cannot_be_continued_is_refused(
     run: Run, model_folder: Path, tmp_path: Path, arguments: tuple[object, ...], said: str
 ) -> None:
     assert said in refused(run, tmp_path, "generate", model_folder, *arguments)
+
+
+@pytest.mark.parametrize("loss", ["steps", "all"])
+def test_a_run_whose_log_has_lost_steps_is_not_graded(run: Run, recipe_file: Path, loss: str, tmp_path: Path) -> None:
+    short = ("train.steps=2", "output.checkpoint=false", f"output.dir={tmp_path / 'two'}")
+    assert run("train", recipe_file, *short)[0] == 0
+    assert run("train", recipe_file, "output.checkpoint=false")[0] == 0
+    directory = recipe_file.parent / "run"
+    log = directory / "trajectory.mezo"
+    if loss == "steps":
+        log.write_bytes((tmp_path / "two" / "trajectory.mezo").read_bytes())
+    else:
+        log.unlink()
+    code, _, err = run("evaluate", directory)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "trajectory.mezo" in err
+    if loss == "steps":
+        assert "holds 2 steps" in run("generate", directory, "-p", "a")[2]
+        (entry,) = json.loads(run("runs", directory, "--json")[1])
+        assert "holds 2 steps" in entry["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [((), 2), (("num_directions=3",), 6), (("estimator=one_sided", "num_directions=3"), 3)],
+)
+def test_a_dry_run_counts_the_evaluations_of_the_estimator(
+    run: Run, recipe_file: Path, options: tuple[str, ...], evaluations: int
+) -> None:
+    assert f"a step of {evaluations} takes" in run("train", recipe_file, "--dry-run", *options)[1]

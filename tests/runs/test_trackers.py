@@ -79,3 +79,14 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_pip_line(make_recip
 def test_a_tracker_that_there_is_not_is_refused(make_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match=r"output\.trackers"):
         make_recipe("output.trackers=[wandbb]")
+
+
+def test_a_tracker_that_can_t_be_opened_is_one_line(
+    make_recipe: MakeRecipe, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: Recorder, values: dict[str, Any]) -> None:
+        raise ConnectionError("no API key\nconfigured")
+
+    monkeypatch.setattr(Recorder, "store_init_configuration", refuses)
+    with pytest.raises(RecipeError, match=r"wandb can't be opened \(no API key configured\): log in to it"):
+        train(make_recipe("output.trackers=[wandb]"))
