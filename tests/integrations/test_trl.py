@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 import mezo_scale as ms
 from mezo_scale.integrations.transformers import MeZOArguments, MeZOMixin
+from tests.integrations import trainers
 from tests.integrations.trainers import equal, values
 from tests.support import material
 
@@ -60,23 +61,7 @@ PREFERENCES = Dataset.from_list(PAIRS)
 
 
 def arguments(folder: pathlib.Path, **more: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "learning_rate": 1e-3,
-        "eps": 1e-2,
-        "seed": 7,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "train_sampling_strategy": "sequential",
-        **more,
-    }
+    return trainers.arguments(folder, bf16=False, **more)
 
 
 def losses(trainer: Any) -> list[float]:

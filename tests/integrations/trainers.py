@@ -25,8 +25,9 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def config(folder: pathlib.Path, *, kind: type[MeZOConfig] = MeZOConfig, **more: Any) -> MeZOConfig:
-    plain = {
+def arguments(folder: pathlib.Path, **more: Any) -> dict[str, Any]:
+    """Of a short training on the CPU that writes nothing but what `more` says."""
+    return {
         "output_dir": str(folder),
         "learning_rate": 1e-3,
         "eps": 1e-2,
@@ -40,8 +41,12 @@ def config(folder: pathlib.Path, *, kind: type[MeZOConfig] = MeZOConfig, **more:
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
+        **more,
     }
-    return kind(**{**plain, **more})
+
+
+def config(folder: pathlib.Path, *, kind: type[MeZOConfig] = MeZOConfig, **more: Any) -> MeZOConfig:
+    return kind(**arguments(folder, **more))
 
 
 def values(model: nn.Module) -> list[Tensor]:

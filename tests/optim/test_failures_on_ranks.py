@@ -130,18 +130,19 @@ def test_an_exception_that_one_rank_catches_leaves_no_rank_waiting(ranks: Ranks,
     assert one[2] == two[2]  # and both go on
 
 
+def loss_that_rank_1_can_not_take(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    if dist.get_rank() == 1:
+        raise KeyError("on purpose")
+    return loss(model, batch)
+
+
 def fails_at_first() -> tuple[str, float]:
     """Rank 1 raises in the first evaluation of all; what each rank got, and the loss of the same step, taken again."""
     opt = ms.MeZO(Optional(), lr=1e-3)
     batch = {"x": torch.ones(2, 4), "extra": torch.ones(2, 4)}
 
-    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if dist.get_rank() == 1:
-            raise KeyError("on purpose")
-        return loss(model, batch)
-
     try:
-        opt.step(batch=batch, objective=objective)
+        opt.step(batch=batch, objective=loss_that_rank_1_can_not_take)
         said = "nothing"
     except (KeyError, RankError) as error:
         said = f"{type(error).__name__}: {error}"
@@ -165,13 +166,8 @@ def fails_after_the_check() -> tuple[str, float]:
     batch = {"x": torch.ones(2, 4), "extra": torch.ones(2, 4)}
     opt.step(batch=batch, objective=loss)
 
-    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if dist.get_rank() == 1:
-            raise KeyError("on purpose")
-        return loss(model, batch)
-
     try:
-        opt.step(batch=batch, objective=objective)
+        opt.step(batch=batch, objective=loss_that_rank_1_can_not_take)
         said = "nothing"
     except (KeyError, RankError) as error:
         said = type(error).__name__
