@@ -147,6 +147,7 @@ def as_before_kinds(recipe: Recipe) -> None:
     """Makes a run's files what they were before evaluations named their main metric."""
     evaluation = recipe.directory / "evaluation.json"
     found = json.loads(evaluation.read_text())
+    del found["best"]
     for entry in found.values():
         del entry["main"]
         entry["correct"] = round(entry["accuracy"] * entry["count"])
