@@ -78,7 +78,7 @@ def test_a_dead_rank_is_named_and_the_world_recovers(ranks: Ranks) -> None:
 
 def test_a_hanging_rank_shows_its_stack_and_the_world_recovers(ranks: Ranks) -> None:
     with pytest.raises(RankFailed, match="hang_on") as failure:
-        ranks(2, hang_on, rank=1, timeout_s=0.5)
+        ranks(2, hang_on, rank=1, timeout_s=2)
     assert failure.value.rank == 1
     assert ranks(2, world_sum, start=0) == [1, 1]
 
