@@ -17,6 +17,8 @@ PARAMETERS = {  # tied tables once, as the models' cards and checkpoints count t
     "opt-13b": 12_853_473_280,
     "opt-30b": 29_974_540_288,
     "opt-66b": 65_719_701_504,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
     "smollm2-135m": 134_515_008,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
