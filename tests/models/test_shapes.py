@@ -80,7 +80,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(monkeypatch: pytest.Mon
         ("{}", RecipeError, "no configuration of a model .*model_type"),
         ('{"model_type": "opt-x"}', ModelError, "model_type 'opt-x', which"),
         ('{"model_type": "bert"}', None, ""),
-        ('{"model_type": "clip"}', ModelError, "is a clip model, expected a causal language model"),
+        ('{"model_type": "clip"}', ModelError, "is a clip model, expected a causal or a masked language model"),
         ('{"model_type": "opt", "quantization_config": {"quant_method": "gptq", "bits": 4}}', ModelError, "quantised"),
     ],
 )

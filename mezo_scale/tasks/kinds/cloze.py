@@ -43,12 +43,13 @@ class ClozeChoice(Candidates):
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises ModelError if the tokenizer has no mask token; RecipeError as `Candidates` does."""
         super().__init__(tokenizer, section)
-        self._mask_id = getattr(tokenizer, "mask_token_id", None)
-        if self._mask_id is None:
+        mask_id: int | None = getattr(tokenizer, "mask_token_id", None)
+        if mask_id is None:
             raise ModelError(
                 "model.name: its tokenizer has no mask token, expected one for the {mask} of task.template: give the "
                 "tokenizer that the masked language model was trained with"
             )
+        self._mask_id = mask_id
 
     def encode(self, example: Cloze) -> EncodedCloze:  # type: ignore[override]
         """Tokenizes a cloze. The words are tokens as they are in the text, whole; the mask takes their place.
