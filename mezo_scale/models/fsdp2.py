@@ -34,12 +34,12 @@ def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
     if name.startswith(checkpoints.RANDOM):
         return _random_fsdp2(name, strategy, dtype, compute_dtype, world, offload)
     if strategy.world_size == 1 or not _reads_in_parts():
-        model: Any = checkpoints.read(name, dtype)
+        model = checkpoints.read(name, dtype)
         shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
         return model if offload else model.to(world.device)
     model = skeleton(checkpoints.find(name), dtype)
     source: Any = checkpoints.read(name, dtype, distributed_config=_reading_plan(model, strategy))
-    if model.can_generate():
+    if hasattr(source, "generation_config"):
         model.generation_config = source.generation_config
     shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)
     _adopt(model, source)
