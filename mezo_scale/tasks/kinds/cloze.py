@@ -1,12 +1,10 @@
 """Cloze questions for masked language models: a text with a mask in it, and the words that may stand there."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.recipe import TaskSection
@@ -101,11 +99,6 @@ class ClozeChoice(Candidates):
         """The prompt as the model gets it, but for what is cut off."""
         before, after = example.around()
         return f"{before}{self._tokenizer.mask_token}{after}"
-
-    def refusal(self, model: nn.Module, batch: Batch) -> str | None:
-        if "attention_mask" not in inspect.signature(model.forward).parameters:
-            return "takes no attention_mask, and so padding for text"
-        return None
 
     def _tensors(self, rows: Sequence[Encoded], max_length: int) -> Batch:
         """input_ids, attention_mask: int64 [rows, tokens]; mask_at: int64 [rows], where the mask is; candidate_ids:
