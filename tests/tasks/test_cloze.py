@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import mezo_scale as ms
 from mezo_scale import tasks
@@ -159,6 +164,41 @@ def test_what_one_token_can_not_fill_is_refused_in_one_line(example: Cloze, said
     with pytest.raises(RecipeError, match=said) as refused:
         kind("roberta", max_length=40).encode(example)
     assert "\n" not in str(refused.value)
+
+
+def test_a_word_that_would_take_in_some_of_the_template_is_refused() -> None:
+    before = (("a mess", True), (" It was mo", False))  # " moving" is one token
+    example = Cloze("a mess It was mo{mask}.", ("ving", "re"), 0, before=before, after=((".", False),))
+    with pytest.raises(RecipeError, match="joins one of|tokens to this model"):
+        kind("roberta").encode(example)
+    behind = Cloze("{mask}s.", (" number", " sentence"), 0, before=(("a mess", True),), after=(("s.", False),))
+    with pytest.raises(RecipeError, match=r"joins one of \[' number', ' sentence'\] with what stands around the mask"):
+        joining().encode(behind)
+
+
+def joining() -> ClozeChoice:
+    """Of a tokenizer that knows some words with an s and without."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "mess",
+        "number",
+        "numbers",
+        "sentence",
+        "sentences",
+        ".",
+    ]
+    core = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = BertPreTokenizer()
+    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]", cls_token="[CLS]"
+    )
+    return ClozeChoice(tokenizer, TaskSection(name="sst2", data="d", template="{text}{mask}s."))
 
 
 def test_words_that_the_tokenizer_does_not_know_are_refused() -> None:

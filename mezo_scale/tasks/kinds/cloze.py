@@ -76,24 +76,18 @@ class ClozeChoice(Candidates):
                     f"task.candidates: {word!r:.40} is {what} to this model, expected one token that fills the mask of "
                     "task.template: take another word, or mind the space before it"
                 )
-        found = EncodedCloze(
-            wholes[0][:at],
-            tuple(whole[at : at + 1] for whole in wholes),
-            example.label,
-            example.also,
-            example,
-            wholes[0][at + 1 :],
-        )
-        if any((whole[:at], whole[at + 1 :]) != (found.prompt, found.after) for whole in wholes):
+        behind = wholes[0][at + 1 :]
+        bare = before.rstrip()
+        joins = bool(bare) and at < len(open_tokens(self._tokenizer, bare)[0])
+        if joins or any(whole != (*tokens, *behind) for whole, tokens in zip(wholes, opened, strict=True)):
             raise RecipeError(
-                f"task.template: the tokenizer joins one of {list(words)} with what stands around the mask in "
+                f"task.template: the tokenizer joins one of {words} with what stands around the mask in "
                 f"{example.prompt[-60:]!r}: put spaces there"
             )
-        if len(set(found.candidates)) < len(wholes):
-            raise RecipeError(
-                f"task.candidates {list(words)}: two of them are the same token to this model: change one"
-            )
-        return found
+        candidates = tuple((tokens[at],) for tokens in opened)
+        if len(set(candidates)) < len(candidates):
+            raise RecipeError(f"task.candidates {words}: two of them are the same token to this model: change one")
+        return EncodedCloze(wholes[0][:at], candidates, example.label, example.also, example, behind)
 
     def posed(self, example: Cloze) -> str:
         """The prompt as the model gets it, but for what is cut off."""
