@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mezo_scale import models, noise, recipe
 from mezo_scale.bench.counting import Traffic, summed
@@ -28,6 +27,7 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import PeakMemory, keep_freed_memory
 from mezo_scale.distributed.world import World, process_group
 from mezo_scale.errors import MezoError
+from mezo_scale.models import heads
 from mezo_scale.models.checkpoints import silence_transformers
 from mezo_scale.models.shapes import config_of
 from mezo_scale.models.units import units
@@ -123,6 +123,8 @@ def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, 
     """A step of the cell's method, and one bare forward on the same rows."""
     model: Any = loaded.model
     batch = _batch(cell, int(model.config.vocab_size), loaded.device)
+    if heads.is_masked(model.config):
+        batch["mask_at"] = torch.zeros_like(batch["label"])
 
     def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         with loaded.compute():
@@ -204,7 +206,7 @@ def _compile_kernels(cell: Cell, device: torch.device) -> None:
 def _import_model(cell: Cell) -> None:
     """The code of the model's architecture, which is no memory of the model's either."""
     config = config_of(cell.model.removeprefix("random:"))
-    _ = AutoModelForCausalLM._model_mapping[type(config)]
+    _ = heads.auto_class(config)._model_mapping[type(config)]
     if cell.spread.is_deepspeed:
         import deepspeed  # noqa: F401
 

@@ -63,6 +63,9 @@ def show(
     model: Annotated[
         str | None, typer.Option(help="A folder or a name on the hub: show which of its tokenizer's tokens are scored.")
     ] = None,
+    cloze: Annotated[
+        bool, typer.Option("--cloze", help="Show what a masked language model is asked, with {mask} for its mask.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Print what a task asks of the rows of your data: prompt, candidates, and what is right.
@@ -72,6 +75,8 @@ def show(
     from mezo_scale import tasks as room
 
     section = _section(overrides or (), name=name, data=data, subset=subset, max_length=_ANY_LENGTH)
+    if cloze:
+        section = room.posed_to(section, masked=True)
     all_ = _of_part(room.examples(section), "validation" if split is Part.dev else split.value, data)
     chosen = all_[:count]
     shown = [example.as_dict() for example in chosen]
@@ -103,11 +108,12 @@ def _of_part(parts: Mapping[str, Sequence[Any]], part: str, data: str) -> Sequen
 
 
 def _tokens(section: TaskSection, examples: Any, model: str) -> list[dict[str, Any]]:
-    """For each example: length, the tokens of its longest sequence; tokens, those that are scored; of a chat also the
-    prompt, as its template has it."""
+    """For each example: length, the tokens of its longest sequence; tokens, those that are scored; of a chat or a cloze
+    also the prompt, as the model gets it."""
     from mezo_scale import tasks as room
     from mezo_scale.models.checkpoints import load_tokenizer, silence_transformers  # seconds to import
     from mezo_scale.tasks.kinds.chat import Chat
+    from mezo_scale.tasks.kinds.cloze import ClozeChoice
 
     silence_transformers()
     tokenizer = load_tokenizer(model)
@@ -115,7 +121,7 @@ def _tokens(section: TaskSection, examples: Any, model: str) -> list[dict[str, A
     rows = [kind.encode(example) for example in examples]
     return [
         {
-            **({"prompt": kind.posed(example)} if isinstance(kind, Chat) else {}),
+            **({"prompt": kind.posed(example)} if isinstance(kind, Chat | ClozeChoice) else {}),
             "length": kind.length(row),
             "tokens": [tokenizer.convert_ids_to_tokens(list(answer)) for answer in kind.scored(row)],
         }

@@ -94,6 +94,7 @@ def inject_(model: nn.Module, config: Any, seed: int) -> None:
             f"tune.peft: {kind} puts its tokens before the text in a way that models of this task don't take: set "
             "tune.what to prefix, or take a method that changes modules, like LORA or IA3"
         )
+    _suit(config, model)
     with torch.random.fork_rng(devices=[]), _base_kept(model, config):
         torch.manual_seed(seed)
         try:
@@ -103,6 +104,12 @@ def inject_(model: nn.Module, config: Any, seed: int) -> None:
         except Exception as error:  # each method fails in a way of its own
             raise RecipeError(f"tune: PEFT can't put {kind} into this model ({_one_line(error)})") from None
     model.eval()
+
+
+def _suit(config: Any, model: Any) -> None:
+    """PEFT's class for causal language models takes none that can't write: a masked one has none of its own."""
+    if not model.can_generate():
+        config.task_type = None
 
 
 @contextmanager
@@ -236,6 +243,7 @@ def merged(model: Any, folder: Path) -> nn.Module:
     probe = torch.arange(8)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         try:
+            _suit(config, model)
             with _base_kept(model, config):
                 wrapped = library().get_peft_model(model, config).eval()
             put_(model, tensors, str(folder))

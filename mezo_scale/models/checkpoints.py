@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from mezo_scale import noise
 from mezo_scale.errors import ModelError, RecipeError
+from mezo_scale.models import heads
 from mezo_scale.models.shapes import config_of
 from mezo_scale.recipe import means_disk
 from mezo_scale.sharding import discover
@@ -36,7 +37,7 @@ def find(name: str) -> Any:
 
     Raises:
         RecipeError: there is no such model.
-        ModelError: it is quantised, an adapter or no causal language model, or is made of more than safetensors.
+        ModelError: it is quantised, an adapter or no language model, or is made of more than safetensors.
     """
     if name.startswith(RANDOM):
         return config_of(name.removeprefix(RANDOM))
@@ -59,8 +60,7 @@ def find(name: str) -> Any:
             f"model.name: {name} is quantised, and quantised weights can't take small updates: give a checkpoint in "
             "float32, bfloat16 or float16"
         )
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"model.name: {name} is a {config.model_type} model, expected a causal language model")
+    heads.check(f"model.name: {name}", config)
     _check_files(name, config)
     return config
 
@@ -112,7 +112,8 @@ def _file(name: str, file: str) -> Path | None:
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer; of random weights: bytes. Raises ModelError if it can't be read."""
     if name.startswith(RANDOM):
-        return ByT5Tokenizer()
+        masked = heads.is_masked(config_of(name))
+        return ByT5Tokenizer(mask_token="<extra_id_0>") if masked else ByT5Tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything here
@@ -131,12 +132,12 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
     """
     config = find(name)
     if name.startswith(RANDOM):
-        random: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        random = heads.made(config, dtype=dtype)
         randomise_(random)
         return random.eval()
     model: nn.Module
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = heads.auto_class(config).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
     except Exception as error:  # safetensors and transformers raise anything here
@@ -144,7 +145,7 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
-            f"model.name: the checkpoint {name} lacks {len(missing)} weights of a causal language model, "
+            f"model.name: the checkpoint {name} lacks {len(missing)} weights of {heads.called(config)}, "
             f"{missing[0]} for one: give a complete one"
         )
     return model.eval()

@@ -11,12 +11,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM
 
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import ShardingError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import checkpoints, heads
 from mezo_scale.models.shapes import skeleton
 from mezo_scale.models.units import Unit, units
 from mezo_scale.recipe import Recipe
@@ -40,7 +39,8 @@ def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
         return model if offload else model.to(world.device)
     model = skeleton(checkpoints.find(name), dtype)
     source: Any = checkpoints.read(name, dtype, distributed_config=_reading_plan(model, strategy))
-    model.generation_config = source.generation_config
+    if hasattr(source, "generation_config"):
+        model.generation_config = source.generation_config
     shard_fsdp2(model, next(source.parameters()).device_mesh, compute_dtype, offload=offload)
     _adopt(model, source)
     return model
@@ -49,7 +49,7 @@ def load_fsdp2(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
 def shard_fsdp2(
     model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, *, offload: bool = False
 ) -> None:
-    """Shards a causal language model in place, unit by unit (`units`).
+    """Shards a language model in place, unit by unit (`units`).
 
     Every unit frees its gathered weights after its forward pass, so the next one sees what was written to the shards.
     `compute_dtype` is for the layers; the tables and what lies between stay as stored, for a step's gradient is the
@@ -99,9 +99,8 @@ def _random_fsdp2(
     offload: bool,
 ) -> nn.Module:
     """Random weights, made where they stay: no rank and no host ever holds more than its shards."""
-    model: nn.Module
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(checkpoints.find(name), dtype=dtype)
+        model = heads.made(checkpoints.find(name), dtype=dtype)
     model.tie_weights()  # type: ignore[operator]  # undone while it was made without memory; FSDP2 would keep a tied table twice
     shard_fsdp2(model, strategy.mesh(world.device.type), compute_dtype, offload=offload)
     buffers = {name: buffer.to(world.device) for name, buffer in model.named_buffers()}

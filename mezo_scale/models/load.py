@@ -48,7 +48,7 @@ def check(recipe: Recipe, world: World) -> None:
     Raises:
         RecipeError, ShardingError: options that contradict each other or the number of processes; no such model; an
             adapter that it can't have.
-        ModelError: a model that is quantised, or is no causal language model.
+        ModelError: a model that is quantised, or is no language model.
     """
     if _strategy(recipe, world).is_deepspeed:
         deepspeed_config(recipe)

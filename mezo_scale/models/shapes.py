@@ -13,16 +13,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mezo_scale.errors import ModelError, RecipeError
+from mezo_scale.models import heads
 from mezo_scale.recipe import means_disk
 
 
@@ -79,6 +80,20 @@ def _decoder(
     return Shape(hub, kind, fields | rest)
 
 
+def _roberta(size: str, hidden: int, layers: int, heads: int) -> Shape:
+    fields = {
+        "vocab_size": 50265,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+    }
+    return Shape(f"FacebookAI/roberta-{size}", RobertaConfig, fields)
+
+
 _LLAMA_3: dict[str, Any] = {"max_position_embeddings": 8192, "rope_theta": 500_000.0}
 _QWEN_3: dict[str, Any] = {"head_dim": 128, "max_position_embeddings": 40_960}
 
@@ -91,6 +106,8 @@ SHAPES: dict[str, Shape] = {
     "opt-13b": _opt("13b", 5120, 40, 40),
     "opt-30b": _opt("30b", 7168, 48, 56),
     "opt-66b": _opt("66b", 9216, 64, 72),
+    "roberta-base": _roberta("base", 768, 12, 12),
+    "roberta-large": _roberta("large", 1024, 24, 16),
     "smollm2-135m": _decoder("HuggingFaceTB/SmolLM2-135M", LlamaConfig, 49152, 576, 30, (9, 3), 1536, tied=True),
     "llama-2-7b": _decoder("meta-llama/Llama-2-7b-hf", LlamaConfig, 32000, 4096, 32, (32, 32), 11008),
     "llama-2-13b": _decoder("meta-llama/Llama-2-13b-hf", LlamaConfig, 32000, 5120, 40, (40, 40), 13824),
@@ -119,7 +136,7 @@ def hub_name(name: str) -> str:
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """The configuration of a causal language model.
+    """The configuration of a causal or masked language model.
 
     Args:
         name: one of `SHAPES`, or what it is called on the hub (no network is asked for those); a folder with a
@@ -127,7 +144,7 @@ def config_of(name: str) -> PretrainedConfig:
 
     Raises:
         RecipeError: there is no such model.
-        ModelError: it is quantised, or no causal language model.
+        ModelError: it is quantised, or no language model of either kind.
     """
     name = name.removeprefix("random:")
     built_in = {shape.hub.lower(): shape for shape in SHAPES.values()} | SHAPES
@@ -137,16 +154,14 @@ def config_of(name: str) -> PretrainedConfig:
         raise ModelError(
             f"{name} is quantised, and quantised weights can't take small updates: give an unquantised one"
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"{name} is a {config.model_type} model, expected a causal language model")
+    heads.check(name, config)
     return config
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model on the meta device: modules and shapes, no memory."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+        return heads.made(config, dtype=dtype).eval()
 
 
 def _read(name: str) -> PretrainedConfig:

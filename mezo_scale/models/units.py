@@ -24,7 +24,7 @@ class Unit:
 
 
 def units(model: Any) -> tuple[Unit, ...]:
-    """The units of a causal language model, sharded or not, in the order in which a forward pass gathers them.
+    """The units of a language model, sharded or not, in the order in which a forward pass gathers them.
 
     The root comes first: its weights stay while the others come and go. A layer is what the architecture says must not
     be split (`_no_split_modules`); where it names a module and another inside of it, as Mamba's block and mixer, the

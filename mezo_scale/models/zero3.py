@@ -60,6 +60,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 def load_zero3(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
     """A checkpoint, partitioned; every rank calls it. Raises ModelError as `checkpoints.read` does."""
     import deepspeed
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.integrations import HfDeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -68,8 +69,10 @@ def load_zero3(recipe: Recipe, strategy: Strategy, world: World) -> nn.Module:
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     config = deepspeed_config(recipe)
     alive = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions what it reads
-    model = checkpoints.read(recipe.model.name, getattr(torch, recipe.model.dtype))
+    model: Any = checkpoints.read(recipe.model.name, getattr(torch, recipe.model.dtype))
     del alive
+    # Else the weights of every LayerNorm would be saved under the names that they had in checkpoints of old.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
     partitioned: nn.Module = engine.module
     return partitioned

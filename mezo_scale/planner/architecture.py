@@ -101,7 +101,7 @@ def architecture_of(name: str) -> Architecture:
 
     Raises:
         RecipeError: there is no such model.
-        ModelError: it is quantised, no causal language model, or does not say how wide it is.
+        ModelError: it is quantised, no language model, or does not say how wide it is.
     """
     key = name.removeprefix("random:").lower()
     if key in _known():

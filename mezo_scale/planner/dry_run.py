@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from mezo_scale import models
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.errors import ShardingError
+from mezo_scale.models import heads
 from mezo_scale.optim.losses import Evaluator
 from mezo_scale.optim.pieces import Piece
 from mezo_scale.optim.update import Writer
@@ -56,7 +57,7 @@ def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) ->
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _fake_group(strategy.world_size):
         with fake:
-            model = AutoModelForCausalLM.from_config(config, dtype=stored).eval()
+            model = heads.made(config, dtype=stored).eval()
         if strategy.is_sharded:
             mesh = strategy.mesh("cpu")  # outside the mode: a mesh reads its own ranks
             with fake:
@@ -92,6 +93,8 @@ def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages"
         "candidate_ids": torch.zeros(rows, 2, dtype=torch.int64),
         "label": torch.zeros(rows, dtype=torch.int64),
     }
+    if heads.is_masked(model.config):
+        batch["mask_at"] = torch.zeros(rows, dtype=torch.int64)
     branches = [(branch // 2, 1e-3 if branch % 2 == 0 else -1e-3) for branch in range(workload.branches)]
     evaluator = Evaluator(model, view, paired=True)
     for _ in range(2):

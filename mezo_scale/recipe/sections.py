@@ -68,7 +68,7 @@ class TaskSection(Section):
     template: str | None = Field(
         None,
         description="The prompt, with the example's fields in braces, used exactly as written (white space included); "
-        "null means the task's own.",
+        "null means the task's own. With {mask} in it, it is a cloze for a masked language model, like RoBERTa.",
     )
     candidates: tuple[str, ...] | None = Field(
         None,
@@ -114,8 +114,8 @@ class TaskSection(Section):
     max_length: int = Field(
         256,
         ge=8,
-        description="Longest sequence in tokens; the beginning of a longer prompt is cut off. A model with a table of "
-        "positions must have as many.",
+        description="Longest sequence in tokens; the beginning of a longer prompt is cut off, of a cloze the end of "
+        "its longest columns. A model with a table of positions must have as many.",
     )
 
 

@@ -11,7 +11,7 @@ import yaml
 from mezo_scale import recipe as recipes
 from mezo_scale import tasks
 from mezo_scale.errors import ModelError, RecipeError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import checkpoints, heads
 from mezo_scale.planner import GIB, Architecture, Cluster, Workload, architecture, plan, recommended
 from mezo_scale.planner.command import overrides
 from mezo_scale.recipe import TaskSection
@@ -49,8 +49,10 @@ def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str,
     config = checkpoints.find(model)
     arch = architecture(config)
     parts = read_parts(TaskSection(name="choice", data=data))
-    guess = _guess([row for rows in parts.values() for row in rows], target)
+    masked = heads.is_masked(config)
+    guess = _guess([row for rows in parts.values() for row in rows], target, " {mask}" if masked else "")
     task = {**guess.fields, "data": data}
+    tasks.posed_to(TaskSection(**task), masked)
     sizes = _sizes(TaskSection(**task, max_length=2**30))
     length = _length(TaskSection(**task, max_length=2**30), model, config)
     spread = _spread(model, arch, length)
@@ -61,7 +63,8 @@ def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str,
     return text, f"{guess.about}; {counts}; {arch.numel:,} parameters, {checked.sharding.strategy}"
 
 
-def _guess(rows: Sequence[Row], target: str | None) -> _Guess:
+def _guess(rows: Sequence[Row], target: str | None, gap: str) -> _Guess:
+    """gap: what ends a prompt whose answer is chosen."""
     columns = list(rows[0].fields)
     if target is None and "messages" in columns:
         return _Guess({"name": "chat"}, {}, "chats: the assistant's last turn is learned")
@@ -83,13 +86,14 @@ def _guess(rows: Sequence[Row], target: str | None) -> _Guess:
     numbered = all(isinstance(value, int) or str(value).isdecimal() for value in classes)
     task = {
         "name": "choice",
-        "template": f"{prompt}\n{name.replace('_', ' ').capitalize()}:",
+        "template": f"{prompt}\n{name.replace('_', ' ').capitalize()}:{gap}",
         "candidates": [f" {value}" for value in classes],
         "label_column": name,
         "labels": [str(value) for value in classes],
     }
     says = "say here in words what each of labels means" if numbered else "one for each of labels; words that fit in"
-    remarks = {"template": "the prompt; one of the candidates follows", "candidates": says}
+    where = "stands at the mask" if gap else "follows"
+    remarks = {"template": f"the prompt; one of the candidates {where}", "candidates": says}
     return _Guess(task, remarks, f"{name} is learned, one of {len(classes)}, after {', '.join(given)}")
 
 

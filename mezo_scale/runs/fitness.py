@@ -37,7 +37,7 @@ def check_model(loaded: Loaded, kind: Kind[Any, Any], rows: Sequence[Any], recip
 
 
 def _check_padding(loaded: Loaded, kind: Kind[Any, Any], rows: Sequence[Any], recipe: Recipe) -> None:
-    """Scores one row with and without padding on its left.
+    """Scores one row with and without padding.
 
     Models that take no position_ids and count positions from the left edge (the BART family), or have a state that
     padding changes (RWKV), give an example other scores in other company: neither a grade nor a step is made of them.
@@ -55,7 +55,7 @@ def _check_padding(loaded: Loaded, kind: Kind[Any, Any], rows: Sequence[Any], re
     if collectives.max_integer(int(difference > tolerance)):
         raise SharedError(
             f"model.name: {recipe.model.name} takes padding for text: an example's scores change by "
-            f"{float(difference):.2g} when it is padded on the left, expected rounding only: give a model that takes "
+            f"{float(difference):.2g} when it is padded, expected rounding only: give a model that takes "
             "position_ids"
         )
 

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from mezo_scale import tasks
 from mezo_scale.collectives import gather_integers
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, SharedError
-from mezo_scale.models import checkpoints
+from mezo_scale.models import checkpoints, heads
+from mezo_scale.models.shapes import skeleton
 from mezo_scale.models.tuning import virtual_tokens
 from mezo_scale.recipe import Recipe
 from mezo_scale.tasks import Kind
@@ -70,12 +68,15 @@ def check_same_reward(kind: Kind[Any, Any], world: World) -> None:
 
 
 def prepare(recipe: Recipe) -> tuple[Recipe, Kind[Any, Any]]:
-    """The recipe with its objective written out, and the kind of its task.
+    """The recipe with its objective written out, and a cloze's template, and the kind of its task.
 
     Raises:
-        RecipeError: there is no such task or objective, or a field does not fit them.
-        ModelError: the tokenizer can't be read.
+        RecipeError: there is no such task or objective, a field does not fit them, or the model does not answer such
+            a prompt.
+        ModelError: the tokenizer can't be read, or has no mask token for a cloze.
     """
+    masked = heads.is_masked(checkpoints.find(recipe.model.name))
+    recipe = recipe.model_copy(update={"task": tasks.posed_to(recipe.task, masked)})
     kind = tasks.kind_of(recipe.task, checkpoints.load_tokenizer(recipe.model.name))
     section = recipe.train.model_copy(update={"objective": tasks.objective_of(recipe, kind)})
     return recipe.model_copy(update={"train": section}), kind
@@ -106,8 +107,7 @@ def _check_positions(recipe: Recipe) -> None:
 
 def _table_length(config: Any) -> int | None:
     """How many positions a model has a table for; None where it computes them, and running longer does not fail."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config)
     lengths = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")

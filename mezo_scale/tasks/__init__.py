@@ -15,6 +15,7 @@ from mezo_scale.recipe import Recipe, TaskSection
 from mezo_scale.tasks.example import Dialogue, Example, Question
 from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE
 from mezo_scale.tasks.reward import Reward, is_reward
+from mezo_scale.tasks.rows import has_mask
 from mezo_scale.tasks.splits import Splits, read_examples, split
 from mezo_scale.tasks.suite import (
     aqua,
@@ -36,7 +37,7 @@ from mezo_scale.tasks.suite import (
     wic,
     wsc,
 )
-from mezo_scale.tasks.task import SOME_TAKE, NamedKind, Task
+from mezo_scale.tasks.task import FILLING_IN, SOME_TAKE, NamedKind, Task
 
 if TYPE_CHECKING:
     from mezo_scale.tasks.kinds.kind import Kind
@@ -57,6 +58,7 @@ __all__ = [
     "known",
     "load",
     "objective_of",
+    "posed_to",
     "register",
     "split",
 ]
@@ -112,6 +114,43 @@ def register(name: str, task: Task) -> None:
     _TASKS[name] = task
 
 
+def posed_to(section: TaskSection, masked: bool) -> TaskSection:
+    """The section as it is posed to a model: to a masked language model by the task's cloze, if it has no template.
+
+    A task whose kind is from outside the package is left alone: the kind knows which models it is for.
+
+    Args:
+        masked: whether it is a masked language model, or a causal one.
+
+    Raises:
+        RecipeError: the prompt is for models of the other sort, or there is none.
+    """
+    task, template = _find(section), section.template
+    if not isinstance(task.kind, NamedKind):
+        return section
+    if not masked:
+        if has_mask(template):
+            raise RecipeError(
+                f"task.template {template!r} has a mask, but model.name is a causal language model, which goes on "
+                "after a text: leave {mask} and what follows it out, or give a masked language model, like RoBERTa"
+            )
+        return section
+    if task.cloze is None:
+        raise RecipeError(
+            f"model.name is a masked language model, which fills in one token, and task.name is {section.name}, which "
+            "can't be asked so: give a causal language model, or another task"
+        )
+    if template is None and task.cloze:
+        return section.model_copy(update={"template": task.cloze})
+    if not has_mask(template):
+        found = "missing" if template is None else repr(template)
+        raise RecipeError(
+            f"task.template is {found}, but model.name is a masked language model, which answers at a mask: write "
+            "{mask} where the answer stands, as in {text} It was {mask}."
+        )
+    return section
+
+
 def load(section: TaskSection) -> Splits[Any]:
     """The examples of the task that the recipe names. Raises RecipeError if there is none, or its data is wrong."""
     return _find(section).load(section)
@@ -131,7 +170,9 @@ def examples(section: TaskSection) -> Mapping[str, Sequence[Any]]:
 
 def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
     """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit."""
-    kind = _find(section).kind(tokenizer, section)
+    task = _find(section)
+    is_cloze = task.cloze is not None and has_mask(section.template)
+    kind = (FILLING_IN if is_cloze else task.kind)(tokenizer, section)
     if section.metric is not None and section.metric not in kind.metrics:
         raise RecipeError(
             f"task.metric: found {section.metric!r} for task.name={section.name}; "
@@ -175,6 +216,11 @@ def _find(section: TaskSection) -> Task:
             raise RecipeError(
                 f"task.{field} is given, but task.name is {section.name}, which has no use for it: leave it out"
             )
+    if task.cloze is None and isinstance(task.kind, NamedKind) and has_mask(section.template):
+        raise RecipeError(
+            f"task.template has a mask, which one token fills, and task.name is {section.name}, which can't be asked "
+            "so: leave {mask} out, or take another task"
+        )
     return task
 
 

@@ -47,6 +47,24 @@ def pad_left(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask), int64 [sequences, tokens], padded on the left to a multiple of 16 tokens, or to
     max_length if that comes first; the longest sequence always has room."""
+    return _pad(sequences, pad_id, max_length, on_left=True)
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], pad_id: int, max_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `pad_left`, on the right."""
+    return _pad(sequences, pad_id, max_length, on_left=False)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {name: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for name, leaf in batch.items()}
+
+
+def _pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, max_length: int | None, *, on_left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, sequences))
     length = -(-longest // _WIDTH) * _WIDTH
     if max_length is not None:  # a table of positions may end there
@@ -54,11 +72,7 @@ def pad_left(
     input_ids = torch.full((len(sequences), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, sequence in enumerate(sequences):
-        input_ids[row, length - len(sequence) :] = torch.tensor(sequence)
-        attention_mask[row, length - len(sequence) :] = 1
+        start = length - len(sequence) if on_left else 0
+        input_ids[row, start : start + len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, start : start + len(sequence)] = 1
     return input_ids, attention_mask
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    return {name: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for name, leaf in batch.items()}

@@ -41,6 +41,34 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Cloze(Example):
+    """A question whose answer is a word that is missing in a text.
+
+    Attributes:
+        prompt: the whole text, with {mask} where the word is missing.
+        before, after: what stands around it, in parts: each a text, and whether it is the row's own and may be cut.
+    """
+
+    before: tuple[tuple[str, bool], ...] = ()
+    after: tuple[tuple[str, bool], ...] = ()
+
+    def around(self, characters: int | None = None) -> tuple[str, str]:
+        """The texts before the mask and after it; of each of the row's own only so many characters, if given."""
+
+        def cut(text: str, own: bool) -> str:
+            is_long = own and characters is not None and len(text) > characters
+            return text[:characters].rstrip() if is_long else text
+
+        before, after = ("".join(cut(*part) for part in side) for side in (self.before, self.after))
+        return before, after
+
+    @property
+    def longest(self) -> int:
+        """Characters of the longest part that may be cut."""
+        return max((len(text) for text, own in (*self.before, *self.after) if own), default=1)
+
+
+@dataclass(frozen=True)
 class Question:
     """A question whose answer is written.
 

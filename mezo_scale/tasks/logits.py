@@ -1,8 +1,9 @@
-"""What a causal language model says at the end of sequences that are padded on the left."""
+"""What a causal language model says at the end of sequences that are padded on the left, and a masked one at a mask."""
 
 import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,34 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, kee
     """Logits at the last `keep` positions, float32 [rows, keep, vocabulary]."""
     logits: Tensor = forward(model, input_ids, attention_mask, keep, use_cache=False).logits
     return logits[:, -keep:].float()
+
+
+def mask_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, at: Tensor) -> Tensor:
+    """Logits of a masked language model at one position of each row, float32 [rows, vocabulary].
+
+    Rows are padded on the right, so that positions are counted as the model itself counts them. Where a model keeps its
+    head apart, as transformers' do, the head runs at these positions alone.
+
+    Args:
+        input_ids, attention_mask: int64 [rows, tokens].
+        at: int64 [rows].
+    """
+    rows = torch.arange(len(at), device=at.device)
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        states = getattr(output, "last_hidden_state", None)
+        if isinstance(states, Tensor) and states.shape[:2] == input_ids.shape:
+            output.last_hidden_state = states[rows, at][:, None]
+        return output
+
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    hook = body.register_forward_hook(keep) if isinstance(body, nn.Module) else None
+    try:
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return (logits[:, 0] if logits.shape[1] == 1 else logits[rows, at]).float()
 
 
 def forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, **options: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.example import Dialogue, Example, Question
-from mezo_scale.tasks.posing import own_candidates, refuse_candidates
-from mezo_scale.tasks.rows import column, fill, text_of, unlike_text
+from mezo_scale.tasks.posing import cloze_of, own_candidates, refuse_candidates
+from mezo_scale.tasks.rows import column, fill, has_mask, text_of, unlike_text
 from mezo_scale.tasks.tables import Row, shown
 from mezo_scale.tasks.task import CHATTING, CHOOSING, WRITING, Task
 
@@ -24,7 +24,10 @@ def pose_choice(section: TaskSection, row: Row) -> Example:
     candidates = own_candidates(section)
     name = section.label_column or "label"
     value = column(row, name, "name the one that is meant in task.label_column")
-    return Example(_prompt(section, row), candidates, _meant(section, candidates, value, name, row))
+    label = _meant(section, candidates, value, name, row)
+    if has_mask(section.template):
+        return cloze_of(section, row, candidates, label)
+    return Example(_prompt(section, row), candidates, label)
 
 
 def pose_answer(section: TaskSection, row: Row) -> Question:
@@ -139,6 +142,7 @@ CHOICE = Task.of_rows(
     "your own data: one of a few answers, by task.template and task.candidates",
     ("label",),
     takes=("label_column", "labels"),
+    cloze="",
 )
 ANSWER = Task.of_rows(
     pose_answer,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
-from mezo_scale.tasks.example import Example, Question
-from mezo_scale.tasks.rows import fill, label_of, texts_of
+from mezo_scale.tasks.example import Cloze, Example, Question
+from mezo_scale.tasks.rows import fill, fill_around_mask, has_mask, label_of, texts_of
 from mezo_scale.tasks.tables import Row
 from mezo_scale.tasks.task import CHOOSING, WRITING, Task
 
@@ -25,6 +25,9 @@ def choice(
     changes: Changes | None = None,
     aliases: Mapping[str, str] | None = None,
     unlabelled: Sequence[object] = (),
+    cloze: str = "",
+    words: Mapping[int, str] | None = None,
+    cloze_changes: Changes | None = None,
 ) -> Task:
     """A task that chooses among the same few answers for every row.
 
@@ -36,19 +39,28 @@ def choice(
         changes: what is done to the text of a column before it is posed.
         aliases: what some copies of the data call a column.
         unlabelled: labels of rows that nobody could agree on: they are left out.
+        cloze: the prompt for a masked language model, with columns and {mask} in braces; empty: the recipe's alone.
+        words: the answers at the mask, likewise, where they are not `candidates`.
+        cloze_changes: what is done to a column's text before it is posed as a cloze, where that is not `changes`.
     """
 
     def pose(section: TaskSection, row: Row) -> Example | None:
-        row = adapted(row, changes, aliases)
+        is_cloze = has_mask(section.template)
+        row = adapted(row, cloze_changes or changes if is_cloze else changes, aliases)
         if row.fields.get("label") in unlabelled:
             return None
-        prompt, which = prompt_of(section, template, row), tuple(str(row.fields.get(name)) for name in told_apart_by)
         if section.candidates is not None:
-            return Example(prompt, own_candidates(section), label_of(row, len(section.candidates), names), which=which)
-        label = list(candidates).index(label_of(row, len(candidates), names))
-        return Example(prompt, tuple(candidates.values()), label, which=which)
+            answers, label = own_candidates(section), label_of(row, len(section.candidates), names)
+        else:
+            own = words or candidates if is_cloze else candidates
+            answers, label = tuple(own.values()), list(own).index(label_of(row, len(own), names))
+        which = tuple(str(row.fields.get(name)) for name in told_apart_by)
+        if is_cloze:
+            return cloze_of(section, row, answers, label, which)
+        return Example(prompt_of(section, template, row), answers, label, which=which)
 
-    return Task.of_rows(pose, CHOOSING, about, (*_columns(template, aliases), _named("label", aliases)))
+    columns = (*_columns(template, aliases), _named("label", aliases))
+    return Task.of_rows(pose, CHOOSING, about, columns, cloze=cloze)
 
 
 def written(about: str, template: str, answers: tuple[str, str], *, changes: Changes | None = None) -> Task:
@@ -69,6 +81,16 @@ def written(about: str, template: str, answers: tuple[str, str], *, changes: Cha
         )
 
     return Task.of_rows(pose, WRITING, about, (*_columns(template), ".".join(answers)))
+
+
+def cloze_of(
+    section: TaskSection, row: Row, candidates: tuple[str, ...], label: int, which: tuple[str, ...] = ()
+) -> Cloze:
+    """The example of a recipe whose template has a mask. Raises RecipeError as `fill_around_mask` does."""
+    assert section.template is not None, "has a mask"
+    before, after = fill_around_mask(section.template, row)
+    prompt = "{mask}".join("".join(text for text, _ in side) for side in (before, after))
+    return Cloze(prompt, candidates, label, which=which, before=before, after=after)
 
 
 def prompt_of(section: TaskSection, template: str, row: Row) -> str:

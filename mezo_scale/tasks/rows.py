@@ -11,6 +11,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection, means_disk
 from mezo_scale.tasks.tables import READERS, Row, kind_of, read_table, shown
 
+MASK = "mask"  # in a template's braces: no column, but where a masked language model fills in the answer
 GIVEN = ("test", "validation", "train")  # the files of a folder whose data comes split
 
 
@@ -53,6 +54,40 @@ def fill(template: str, row: Row) -> str:
             f"task.template {template!r}: {row.place} can't fill it ({shown([error], 200)}); it has "
             f"{shown(list(row.fields))}"
         ) from None
+
+
+def has_mask(template: str | None) -> bool:
+    """Whether a template is that of a cloze."""
+    try:
+        return any(name == MASK for _, name, _, _ in string.Formatter().parse(template or ""))
+    except ValueError:  # `fill` says what is wrong with it
+        return False
+
+
+def fill_around_mask(template: str, row: Row) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, bool], ...]]:
+    """What stands before the mask of a template, and what behind it, both in parts: each a text, and whether it is one
+    of the row's fields.
+
+    Raises:
+        RecipeError: as `fill`; or there are several masks.
+    """
+    sides: list[list[tuple[str, bool]]] = [[]]
+    for words, name, form, conversion in string.Formatter().parse(template):
+        if words:
+            sides[-1].append((words, False))
+        if name == MASK:
+            sides.append([])
+        elif name is not None:
+            field = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+            sides[-1].append((fill(field, row), True))
+    columns = sum(own for side in sides for _, own in side)
+    if len(sides) != 2 or not columns:
+        raise RecipeError(
+            f"task.template {template!r} has {len(sides) - 1} masks and {columns} columns, expected one {{mask}} and a "
+            "column in braces, as in {text} It was {mask}."
+        )
+    before, after = map(tuple, sides)
+    return before, after
 
 
 def label_of(row: Row, count: int, names: Sequence[str] = ()) -> int:

@@ -45,6 +45,7 @@ class NamedKind:
 CHOOSING = NamedKind("candidates", "Candidates", "accuracy")
 WRITING = NamedKind("generation", "Generation", "f1")
 CHATTING = NamedKind("chat", "Chat", "f1")
+FILLING_IN = NamedKind("cloze", "ClozeChoice", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Task:
         pose: how it makes an example of a row; None where it does not read rows.
         objective: what is minimised where a recipe does not say; None: the kind's first.
         takes: the fields of the recipe's section that only some tasks read (SOME_TAKE), those of them that it does.
+        cloze: its template for masked language models, with {mask}; empty where a recipe has to give one; None where
+            it can't be posed so.
     """
 
     load: Callable[[TaskSection], Splits[Any]]
@@ -68,6 +71,7 @@ class Task:
     pose: Pose | None = None
     objective: str | None = None
     takes: tuple[str, ...] = ()
+    cloze: str | None = None
 
     @classmethod
     def of_rows(
@@ -78,10 +82,11 @@ class Task:
         columns: tuple[str, ...],
         objective: str | None = None,
         takes: tuple[str, ...] = (),
+        cloze: str | None = None,
     ) -> "Task":
         """A task that makes one example of each row of its data."""
 
         def load(section: TaskSection) -> Splits[Any]:
             return read_splits(section, partial(pose, section))
 
-        return cls(load, kind, about, columns, pose, objective, takes)
+        return cls(load, kind, about, columns, pose, objective, takes, cloze)

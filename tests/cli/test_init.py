@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.cli.test_app import refused
+from tests.support import masked
 
 Run = Callable[..., tuple[int, str, str]]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -131,3 +132,12 @@ def test_a_recipe_that_is_there_is_not_written_over(run: Run, model_folder: Path
     data = write(tmp_path / "data.jsonl", [{"x": text(n), "label": n % 2} for n in range(40)])
     (tmp_path / "r.yaml").write_text("mine: 1\n")
     assert "is there already" in refused(run, tmp_path, "init", model_folder, data, "--out", tmp_path / "r.yaml")
+
+
+def test_a_masked_model_is_asked_at_a_mask(run: Run, tmp_path: Path) -> None:
+    model = masked.write_model("bert", tmp_path / "model")
+    rows = [{"text": one, "mood": ("bad", "good")[number % 2]} for number, one in enumerate(masked.sentences())]
+    recipe = written(run, model, write(tmp_path / "reviews.jsonl", rows), "--target", "mood")
+    assert (recipe["task"]["template"], recipe["task"]["candidates"]) == ("{text}\nMood: {mask}", [" bad", " good"])
+    data = write(tmp_path / "asked.jsonl", [{"text": text(n), "answer": f"{text(n + 7)} {n}"} for n in range(60)])
+    assert "which fills in one token, and task.name is answer" in refused(run, tmp_path, "init", model, data)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mezo_scale import tasks
-from tests.support import material
+from tests.support import masked, material
 from tests.support.fixtures import ROOT
 from tests.support.suite import GOLDEN, ROWS, write
 
@@ -102,6 +102,25 @@ def test_a_chat_is_shown_as_its_turns_and_with_a_model_as_its_template_has_it(ru
     (one,) = json.loads(out)
     assert one["prompt"] == "<user>how is it</s>\n<assistant>"
     assert one["tokens"][0][-1] == "</s>"
+
+
+def test_a_cloze_is_shown_when_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"sentence": "a mess", "label": 0})
+    _, out, _ = run("tasks", "show", "sst2", "--data", path, "--json", "--cloze")
+    prompt = "a mess It was {mask}."
+    assert json.loads(out) == [{"prompt": prompt, "candidates": [" terrible", " great"], "gold": " terrible"}]
+    masked.roberta_tokenizer().save_pretrained(tmp_path / "model")
+    template = "task.template='{mask} it is: {sentence}'"
+    for options, prompt, first in (
+        (("--cloze",), "a mess It was <mask>.", "Ġterrible"),
+        ((template, "task.candidates=[' bad', ' good']"), "<mask> it is: a mess", "Ġbad"),
+    ):
+        shown = run("tasks", "show", "sst2", "--data", path, "--model", tmp_path / "model", "--json", *options)
+        (one,) = json.loads(shown[1])
+        assert (one["prompt"], one["tokens"][0]) == (prompt, [first])
+    code, _, err = run("tasks", "show", "squad", "--data", path, "--cloze")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "task.name is squad, which can't be asked so" in err
 
 
 def test_a_part_that_the_hub_has_not_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

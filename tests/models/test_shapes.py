@@ -17,6 +17,8 @@ PARAMETERS = {  # tied tables once, as the models' cards and checkpoints count t
     "opt-13b": 12_853_473_280,
     "opt-30b": 29_974_540_288,
     "opt-66b": 65_719_701_504,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
     "smollm2-135m": 134_515_008,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -78,7 +80,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(monkeypatch: pytest.Mon
         ("{}", RecipeError, "no configuration of a model .*model_type"),
         ('{"model_type": "opt-x"}', ModelError, "model_type 'opt-x', which"),
         ('{"model_type": "bert"}', None, ""),
-        ('{"model_type": "clip"}', ModelError, "is a clip model, expected a causal language model"),
+        ('{"model_type": "clip"}', ModelError, "is a clip model, expected a causal or a masked language model"),
         ('{"model_type": "opt", "quantization_config": {"quant_method": "gptq", "bits": 4}}', ModelError, "quantised"),
     ],
 )

@@ -191,6 +191,35 @@ GOLDEN: list[tuple[str, dict[str, Any], str, list[str], str | None]] = [
     ),
 ]
 
+# As MeZO's authors ask RoBERTa: (task, changes to its row, prompt, candidates, the right one)
+CLOZES: list[tuple[str, dict[str, Any], str, list[str], str]] = [
+    ("sentiment", {}, " a film  It was {mask}.", [" terrible", " great"], " great"),
+    ("sst2", {}, "a bright , quick film It was {mask}.", [" terrible", " great"], " great"),
+    (
+        "sst5",
+        {},
+        "a quick film It was {mask}.",
+        [" terrible", " bad", " okay", " good", " great"],
+        " okay",
+    ),
+    (
+        "trec",
+        {},
+        "{mask}: Who keeps the lamp ?",
+        [" Expression", " Entity", " Description", " Human", " Location", " Number"],
+        " Human",
+    ),
+    ("snli", {}, "Orla keeps the lamp? {mask}, nobody keeps it.", ["Yes", "Maybe", "No"], "No"),
+    (
+        "mnli",
+        {"premise": "Orla may keep it"},
+        "Orla may keep it? {mask}, orla keeps it.",
+        ["Yes", "Maybe", "No"],
+        "Maybe",
+    ),
+    ("rte", {"premise": " Is it? "}, "Is it? {mask}, the lamp is kept.", ["Yes", "No"], "Yes"),
+]
+
 ROWS = {task: row for task, row, *_ in reversed(GOLDEN)}
 """One row of each task."""
 

@@ -13,10 +13,11 @@ from mezo_scale import tasks
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
 from mezo_scale.tasks import Example, NamedKind
+from mezo_scale.tasks.example import Cloze
 from mezo_scale.tasks.kinds.candidates import Candidates, candidate_scores
 from tests.support import material
 from tests.support.fixtures import ROOT
-from tests.support.suite import GOLDEN, ROWS, write
+from tests.support.suite import CLOZES, GOLDEN, ROWS, write
 
 
 def examples(path: Path, name: str, *rows: dict[str, Any], **fields: Any) -> Any:
@@ -220,6 +221,50 @@ def test_every_task_says_what_it_is_and_its_metric_is_the_main_one_of_its_kind()
         assert kind.score([], []).main == task.kind.metric
         assert task.about
         assert task.columns
+
+
+@pytest.mark.parametrize(("name", "changes", "prompt", "answers", "gold"), CLOZES)
+def test_a_masked_model_is_asked_as_mezo_s_authors_ask_it(
+    tmp_path: Path, name: str, changes: dict[str, Any], prompt: str, answers: list[str], gold: str
+) -> None:
+    row = {"text": " a film ", "label": 1} if name == "sentiment" else ROWS[name]
+    section = tasks.posed_to(TaskSection(name=name, data="d"), masked=True)
+    (example,) = examples(tmp_path, name, row | changes, template=section.template)
+    assert isinstance(example, Cloze)
+    assert example.as_dict() == {"prompt": prompt, "candidates": answers, "gold": gold}
+    assert "{mask}".join(example.around()) == prompt
+    (line,) = re.findall(rf"^cloze {name} +(.*)$", PAGE, re.MULTILINE)
+    assert line == section.template
+    (own,) = examples(tmp_path, name, row | changes, template="{mask} " + str(section.template).replace("{mask}", "x"))
+    assert own.around()[0] == ""
+    assert own.candidates == example.candidates
+
+
+def test_a_cloze_can_be_one_s_own_where_all_rows_have_the_same_answers(tmp_path: Path) -> None:
+    own = {"template": "{word!r:>6}: {mask}? {sentence1}", "candidates": (" no", " yes")}
+    (example,) = examples(tmp_path, "wic", ROWS["wic"], **own)
+    assert (example.before, example.after) == (
+        (("'lamp'", True), (": ", False)),
+        (("? ", False), ("A lamp of oil.", True)),
+    )
+    assert example.as_dict()["gold"] == " no"
+    fields = {"template": "{mask} {text}", "candidates": (" sad", " glad"), "label_column": "mood"}
+    (example,) = examples(tmp_path, "choice", {"text": "a film", "mood": "glad"}, **fields)
+    assert (example.prompt, example.label) == ("{mask} a film", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{text} {mask} {mask}", "has 2 masks and 1 columns, expected one {mask} and a column in braces"),
+        ("It was {mask}.", "has 1 masks and 0 columns, expected one {mask} and a column in braces"),
+        ("{texts} It was {mask}", r"has no column 'texts' \(did you mean 'text'\?\)"),
+    ],
+)
+def test_a_cloze_that_is_none_is_refused_in_one_line(tmp_path: Path, template: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as refused:
+        examples(tmp_path, "trec", ROWS["trec"], template=template)
+    assert "\n" not in str(refused.value)
 
 
 PAGE = (ROOT / "docs" / "reference" / "tasks.md").read_text()

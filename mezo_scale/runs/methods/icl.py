@@ -18,6 +18,7 @@ from mezo_scale.runs.memory import EVALUATION
 from mezo_scale.runs.methods.setting import Fit, Outcome, Setting
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Example, Kind, Question, Score
+from mezo_scale.tasks.example import Cloze
 from mezo_scale.tasks.order import permutation
 from mezo_scale.tasks.score import interval_key, wilson
 
@@ -33,7 +34,8 @@ def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSpli
         RecipeError: too few examples, examples that can't be one text, or no demonstration fits before any prompt.
     """
     found = tasks.load(recipe.task)
-    if not all(isinstance(example, Example | Question) for example in (found.train[0], found.test[0])):
+    both = found.train[0], found.test[0]
+    if not all(isinstance(example, Example | Question) and not isinstance(example, Cloze) for example in both):
         raise RecipeError(
             f"method.name is icl, but the examples of task.name={recipe.task.name} are no prompts that can follow one "
             "another: take another method or task"

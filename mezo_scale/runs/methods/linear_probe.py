@@ -1,4 +1,4 @@
-"""Linear probing: multinomial logistic regression on the last hidden state of the prompt's last token.
+"""Linear probing: multinomial logistic regression on the last hidden state of the prompt's last token, or of its mask.
 
 The model stays as it is: every prompt is run once. The regression is solved on every rank by torch's L-BFGS in float64,
 on features of mean 0 and variance 1 over the train split; the penalty is scikit-learn's, C times the summed
@@ -25,8 +25,9 @@ from mezo_scale.runs.memory import EVALUATION
 from mezo_scale.runs.methods.setting import Fit, Outcome, Setting, main_value
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Kind, Score
-from mezo_scale.tasks.encoding import pad_left
+from mezo_scale.tasks.encoding import pad_left, to_device
 from mezo_scale.tasks.kinds.candidates import Choice, Encoded
+from mezo_scale.tasks.kinds.cloze import EncodedCloze
 from mezo_scale.tasks.logits import forward
 
 _ITERATIONS = 500
@@ -77,29 +78,29 @@ def regress(features: Tensor, labels: Tensor, classes: int, strength: float) -> 
 
 
 def last_hidden(setting: Setting, rows: Sequence[Encoded]) -> Tensor:
-    """The last hidden state of each prompt's last token, float64 [rows, width], on every rank; every rank calls it.
+    """The last hidden state where each prompt is answered, float64 [rows, width], on every rank; every rank calls it.
+
+    That is at its last token, or at its mask.
 
     Raises:
         SharedError: the model does not give its hidden states.
     """
     loaded, size = setting.loaded, setting.recipe.train.eval_batch
-    axes, pad_id = loaded.strategy.axes, loaded.tokenizer.pad_token_id
+    axes = loaded.strategy.axes
     order = np.argsort([len(row.prompt) for row in rows], kind="stable")
     per_round = size * axes.rows_size
     found: Tensor | None = None
     for start in range(0, len(order), per_round):
         mine = order[start : start + per_round][axes.rows_rank(collectives.rank()) :: axes.rows_size]
-        prompts = [rows[n].prompt for n in (mine if len(mine) else order[:1])]
-        ids, mask = pad_left(prompts, pad_id, setting.recipe.task.max_length)
-        ids, mask = ids.to(loaded.device), mask.to(loaded.device)
+        some = [rows[n] for n in (mine if len(mine) else order[:1])]
         with torch.no_grad(), loaded.compute():
-            states = forward(loaded.model, ids, mask, 1, use_cache=False, output_hidden_states=True).hidden_states
-        if not states:
+            states = _hidden_states(setting, some)
+        if states is None:
             raise SharedError(
                 f"model.name: {setting.recipe.model.name} does not give its hidden states, which linear_probe needs: "
                 "take another model or method"
             )
-        last = states[-1][:, -1].double().cpu()
+        last = states.double().cpu()
         found = torch.zeros(len(rows), last.shape[1], dtype=torch.float64) if found is None else found
         found[torch.from_numpy(mine.copy())] = last[: len(mine)]
     assert found is not None, "splits have rows"
@@ -107,6 +108,22 @@ def last_hidden(setting: Setting, rows: Sequence[Encoded]) -> Tensor:
         found = found.to(collectives.device())
         dist.all_reduce(found)
     return found.cpu()
+
+
+def _hidden_states(setting: Setting, rows: Sequence[Encoded]) -> Tensor | None:
+    """The last hidden state where each row is answered, [rows, width]; None if the model gives none."""
+    loaded = setting.loaded
+    if isinstance(rows[0], EncodedCloze):
+        batch = to_device(setting.kind.collate(rows, "candidates"), loaded.device)
+        states = loaded.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        ).hidden_states
+        return states[-1][torch.arange(len(rows)), batch["mask_at"]] if states else None
+    prompts = [row.prompt for row in rows]
+    ids, mask = pad_left(prompts, loaded.tokenizer.pad_token_id, setting.recipe.task.max_length)
+    ids, mask = ids.to(loaded.device), mask.to(loaded.device)
+    states = forward(loaded.model, ids, mask, 1, use_cache=False, output_hidden_states=True).hidden_states
+    return states[-1][:, -1] if states else None
 
 
 def _fit(setting: Setting, classes: int) -> Outcome:
@@ -142,7 +159,8 @@ def _fit(setting: Setting, classes: int) -> Outcome:
         memory_gib=setting.memory.most_gib(EVALUATION),
     )
     setting.screen.say(f"linear probe, C={strength:g}: {score.main} on test: {score}")
-    about = f"Logistic regression on {train.shape[1]:,} features of the prompt's last token; C={strength:g} by dev."
+    where = "mask" if isinstance(splits.train[0], EncodedCloze) else "last token"
+    about = f"Logistic regression on {train.shape[1]:,} features of the prompt's {where}; C={strength:g} by dev."
     return Outcome({**score.as_dict(), "strength": strength, "dev": dev_value}, [about])
 
 

@@ -15,7 +15,7 @@ from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
 from mezo_scale.tasks.example import Example
 from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
-from mezo_scale.tasks.logits import answer_log_probs, last_logits
+from mezo_scale.tasks.logits import answer_log_probs, last_logits, mask_logits
 from mezo_scale.tasks.reward import Asked, Reward
 from mezo_scale.tasks.score import ByClass, Metric, Score
 
@@ -122,13 +122,10 @@ def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = N
     width = max(len(example.candidates) for example in examples)
     if all(len(candidate) == 1 for example in examples for candidate in example.candidates):
         input_ids, attention_mask = pad_left([example.prompt for example in examples], pad_id, max_length)
-        candidate_ids = torch.full((len(examples), width), -1)
-        for row, example in enumerate(examples):
-            candidate_ids[row, : len(example.candidates)] = torch.tensor(example.candidates).squeeze(1)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "candidate_ids": candidate_ids,
+            "candidate_ids": token_ids(examples),
             "label": label,
         }
     answers: list[tuple[int, ...]] = []  # what is scored
@@ -150,11 +147,22 @@ def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = N
     }
 
 
+def token_ids(examples: Sequence[Encoded]) -> Tensor:
+    """Candidates of one token each, int64 [rows, candidates], -1 where there is none."""
+    ids = torch.full((len(examples), max(len(example.candidates) for example in examples)), -1)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.candidates)] = torch.tensor(example.candidates).squeeze(1)
+    return ids
+
+
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     """The mean log-probability of each candidate's tokens, float32 [rows, candidates]; -inf where there is none."""
     if "candidate_ids" in batch:
         candidate_ids = batch["candidate_ids"]
-        logits = last_logits(model, batch["input_ids"], batch["attention_mask"], keep=1)[:, 0]
+        if "mask_at" in batch:  # of a cloze
+            logits = mask_logits(model, batch["input_ids"], batch["attention_mask"], batch["mask_at"])
+        else:
+            logits = last_logits(model, batch["input_ids"], batch["attention_mask"], keep=1)[:, 0]
         chosen = logits.gather(1, candidate_ids.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
         return chosen.masked_fill(candidate_ids < 0, float("-inf"))
     # Each row keeps its candidates inside, so the optimizer's branches stay contiguous blocks of the model's batch dim.
@@ -230,7 +238,7 @@ class Candidates(Kind[Encoded, Choice]):
         `asked` and `texts`, those of the candidates."""
         if objective == "language_modeling":
             rows = [row.gold for row in rows]
-        batch = collate(rows, self._tokenizer.pad_token_id, max_length or self._max_length)
+        batch = self._tensors(rows, max_length or self._max_length)
         if objective in ("candidates", "language_modeling"):
             return batch
         width = max(len(row.candidates) for row in rows)
@@ -239,6 +247,9 @@ class Candidates(Kind[Encoded, Choice]):
             batch["asked"] = [row.asked for row in rows]
             batch["texts"] = [tuple(map(row.text, range(len(row.candidates)))) for row in rows]
         return batch
+
+    def _tensors(self, rows: Sequence[Encoded], max_length: int) -> Batch:
+        return collate(rows, self._tokenizer.pad_token_id, max_length)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Choice]:
         scores, label = candidate_scores(model, batch), batch["label"]

@@ -83,7 +83,7 @@ class Kind(Protocol[Row, Prediction]):
         return []
 
     def collate(self, rows: Sequence[Row], objective: str | None = None, max_length: int | None = None) -> Batch:
-        """A batch with rows along dim 0, padded on the left.
+        """A batch with rows along dim 0, padded on one side.
 
         Args:
             objective: the one that it is for, which may need less than all; None: `predict` and any objective.

@@ -6,6 +6,7 @@ TASK = choice(
     about="whether a sentence of a film review is positive",
     template="{sentence} It was",
     candidates={0: " terrible", 1: " great"},
+    cloze="{sentence} It was {mask}.",
     names=("negative", "positive"),
     changes={"sentence": str.strip},
     aliases={"sentence": "text"},

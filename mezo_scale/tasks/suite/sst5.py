@@ -6,6 +6,7 @@ TASK = choice(
     about="whether a sentence of a film review is good or bad, in five grades",
     template="{text} It was",
     candidates={0: " terrible", 1: " bad", 2: " okay", 3: " good", 4: " great"},
+    cloze="{text} It was {mask}.",
     names=("very negative", "negative", "neutral", "positive", "very positive"),
     changes={"text": str.strip},
     aliases={"text": "sentence"},
