@@ -113,9 +113,13 @@ def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
     """Saves the weights as they are, and then takes older snapshots away but `keep`; every rank calls it.
 
     Returns a line for the user. One that can't be written is no reason to stop: nothing depends on it.
+
+    Raises:
+        TrajectoryError: on rank 0, if the steps up to here did not come to the disk.
     """
     step, masters, log = optimizer.step_count, optimizer.low_bits(), optimizer.trajectory
     assert log is not None, "a run keeps a log"
+    log.sync()
     digest, folder = fingerprint([*shards(loaded.model), *masters]), run.snapshots / f"step-{step}"
 
     def seal(beside: Path) -> None:
