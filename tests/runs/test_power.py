@@ -1,11 +1,9 @@
 """A power loss leaves nothing in a run's directory that speaks of steps that its log has lost."""
 
 import json
-import math
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,16 @@ from mezo_scale.recipe import Recipe, load
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.session import train
-from mezo_scale.trajectory import Trajectory, sync
+from mezo_scale.trajectory import Trajectory
 from tests.runs.test_session import metrics, same, weights
+from tests.support.disk import LazyDisk
 
 MakeRecipe = Callable[..., Recipe]
 OPTIONS = ("steps=5", "snapshot_every=2", "eval_every=3")
 
 
-class LazyDisk:
-    """A disk that takes the log's steps only when somebody waits for them: later than any other file of the run.
+class Watched(LazyDisk):
+    """Looks at what is beside the log.
 
     Attributes:
         seen: what came into its place, or was said of a step in metrics.jsonl; with the steps that the log then had,
@@ -34,34 +33,18 @@ class LazyDisk:
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, run: Path) -> None:
+        super().__init__(patch)
         self.run, self.log = run, run / "trajectory.mezo"
         self.on_disk, self.seen = 0, list[tuple[str, int, int]]()
         self.then: Callable[[str], None] = lambda name: None
-        self._waited_for = threading.Event()
-        self._fsync = os.fsync
-        patch.setattr(sync, "LONGEST_S", math.inf)
-        patch.setattr(os, "fsync", self.fsync)
-        for name in ("sync", "release"):
-            patch.setattr(Trajectory, name, self.waiting(getattr(Trajectory, name)))
         for name in ("replace", "rename"):
             patch.setattr(os, name, self.moving(getattr(os, name)))
         patch.setattr(Metrics, "log", self.logging(Metrics.log))
 
     def fsync(self, number: int) -> None:
-        is_log = os.readlink(f"/proc/self/fd/{number}") == str(self.log)
-        if is_log and threading.current_thread().name == "mezo log":
-            assert self._waited_for.wait(60)
-        self._fsync(number)
-        if is_log:
+        super().fsync(number)
+        if os.readlink(f"/proc/self/fd/{number}") == str(self.log):
             self.on_disk = os.fstat(number).st_size
-
-    def waiting(self, original: Callable[..., None]) -> Callable[..., None]:
-        def wait(log: Trajectory) -> None:
-            self._waited_for.set()
-            original(log)
-            self._waited_for.clear()
-
-        return wait
 
     def moving(self, original: Callable[..., None]) -> Callable[..., None]:
         def move(source: Any, target: Any) -> None:
@@ -94,7 +77,7 @@ def test_what_speaks_of_a_step_comes_into_its_place_when_the_step_is_on_the_disk
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(*OPTIONS)
-    disk = LazyDisk(monkeypatch, recipe.directory)
+    disk = Watched(monkeypatch, recipe.directory)
     train(recipe)
     files = {name: (steps, left) for name, steps, left in disk.seen if not name.startswith("line ")}
     assert {"step-2", "step-4", "checkpoint", "evaluation.json", "report.md"} <= files.keys()
@@ -108,7 +91,7 @@ def test_a_run_that_is_stopped_says_so_when_its_steps_are_on_the_disk(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe("steps=6", "snapshot_every=0", "eval_every=0")
-    disk = LazyDisk(monkeypatch, recipe.directory)
+    disk = Watched(monkeypatch, recipe.directory)
     disk.then = lambda name: signal.raise_signal(signal.SIGTERM) if name == "line 3" else None
     with pytest.raises(Interrupted):
         train(recipe)
@@ -128,7 +111,7 @@ def test_after_a_power_loss_a_run_ends_with_the_bits_that_it_would_have_had(
     copy = tmp_path / "copy"
 
     with monkeypatch.context() as patch:
-        disk = LazyDisk(patch, recipe.directory)
+        disk = Watched(patch, recipe.directory)
 
         def lose_power(name: str) -> None:
             if name == "line 4":
