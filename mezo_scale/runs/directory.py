@@ -126,8 +126,8 @@ class RunDirectory:
         """How many steps the trajectory had on the disk for certain, as evaluation.json and metrics.jsonl say: with
         fewer it has lost some.
 
-        evaluation.json is written after that. A line of metrics says it as `synced`, or is of a release that wrote it
-        after its step was on the disk.
+        evaluation.json is written after that. A line of metrics says it as `synced`; one without it was written after
+        its step was on the disk.
         """
         tuned = self.read_evaluation().get("tuned")
         graded = tuned.get("step") if isinstance(tuned, dict) else None
