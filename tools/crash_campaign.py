@@ -39,6 +39,7 @@ THIRD = (
     "log.writing",
     "log.half_written",
     "log.written",
+    "log.syncing",
     "log.synced",
     "step",
     "metrics.writing",
@@ -54,7 +55,7 @@ MORE = (
 )
 WRITES = (
     *("header.writing", "header.half_written", "header.written", "header.synced"),
-    *("log.writing:3", "log.half_written:3", "log.written:3", "log.half_written:7"),
+    *("log.writing:3", "log.half_written:3", "log.written:3", "log.syncing:3", "log.half_written:7"),
     *("recipe.writing", "environment.writing", "results.synced", "results.writing:2", "metrics.rewriting"),
     *("snapshot.half_written", "snapshot.sealed", "snapshot.renaming"),
     *("snapshot.half_pruned", "checkpoint.begun", "checkpoint.half_written", "checkpoint.written"),
@@ -64,12 +65,13 @@ EVERY_RANK = ("run", "weights", "evaluation", "step.begun", "step.measured", "st
 EVERY_RANK += ("ranks", "snapshot.begun", "report.begun", "resume.replaying", "resume.half", "resume.replayed")
 BEFORE = {  # what happened to a run before the session that the case is about: a failpoint, or how many steps it had
     "resume.torn": "log.half_written:kill:4@0",
-    "resume": "log.synced:kill:4@0",
+    "resume": "step.recorded:kill:4@0",
     "checkpoint.set_aside": "train.steps=4",
 }
 LIFE = (  # in the order in which a run comes by them
     *("run.begun", "header.half_written", "header.synced", "header.renamed", "recipe.writing", "results.writing"),
-    *("log.half_written", "log.written", "log.synced", "step.half_applied", "resume.replayed", "metrics.half_written"),
+    *("log.half_written", "log.written", "log.synced:2", "step.half_applied", "resume.replayed"),
+    "metrics.half_written",
     *("snapshot.half_written", "snapshot.sealed", "snapshot.renaming", "snapshot.renamed", "snapshot.half_pruned"),
     *("ranks.compared", "evaluation.ended", "checkpoint.half_written", "checkpoint.written", "checkpoint.renaming"),
     *("log.closing", "plot.writing", "report.writing"),
@@ -178,7 +180,8 @@ class Campaign:
         runs = [self.work / name for name in ("killed", "undisturbed")]
         missed = []
         for point in LIFE:
-            code, said = self.session("single", runs[0], failpoint=f"{point}:kill", steps=LIFE_STEPS)
+            failpoint = Case("single", point, "kill", "0").failpoint
+            code, said = self.session("single", runs[0], failpoint=failpoint, steps=LIFE_STEPS)
             if code != -signal.SIGKILL or "Traceback" in said:
                 missed.append(f"{point} (code {code}): {said[-500:]}")
         codes = [self.session("single", run, steps=LIFE_STEPS)[0] for run in runs]

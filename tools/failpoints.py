@@ -2,7 +2,8 @@
 
     MEZO_FAILPOINT=log.written:kill:3@0 python -m tools.failpoints train recipe.yaml
 
-is `mezo-scale train recipe.yaml`, of which rank 0 is killed when it has written its third record and not yet synced it.
+is `mezo-scale train recipe.yaml`, of which rank 0 is killed when it has written its third record and not yet
+applied its step.
 A setting is NAME:ACTION[:COUNT][@RANK]; actions are kill (SIGKILL to itself), hang, and the name of an errno, which is
 raised as an OSError, as the system raises it.
 
@@ -45,6 +46,7 @@ class Point:
 
 
 _TRAINER, _MEZO, _LOG, _LOCK = "runs.trainer:Trainer", "optim.mezo:MeZO", "trajectory.log:", "trajectory.lock:Lock"
+_FILE = "trajectory.file:"
 _WRITER, _SAVE, _SNAPSHOTS = "optim.update:Writer", "models.save:", "runs.snapshots:"
 _PIECE = "models.stream:WeightFiles.write"
 
@@ -56,16 +58,17 @@ POINTS = {
     "evaluation.ended": Point(f"{_TRAINER}._evaluate", "after"),
     "lock.taken": Point(f"{_LOCK}.__init__", "after"),
     "lock.released": Point(f"{_LOCK}.release", "after"),
-    "header.writing": Point(f"{_LOG}_write", "before", HEADER),
-    "header.half_written": Point(f"{_LOG}_write", "half", HEADER),
+    "header.writing": Point(f"{_FILE}write", "before", HEADER),
+    "header.half_written": Point(f"{_FILE}write", "half", HEADER),
     "header.written": Point("os:fsync", "before", HEADER),
     "header.synced": Point("os:rename", "before", LOG),
     "header.renamed": Point("os:rename", "after", LOG),
-    "log.ready": Point(f"{_LOG}_File._make_ready", "after"),
-    "log.writing": Point(f"{_LOG}_write", "before", LOG),
-    "log.half_written": Point(f"{_LOG}_write", "half", LOG),
-    "log.written": Point(f"{_LOG}_write", "written", LOG),
-    "log.synced": Point(f"{_LOG}_write", "after", LOG),
+    "log.ready": Point(f"{_FILE}LogFile._make_ready", "after"),
+    "log.writing": Point(f"{_FILE}write", "before", LOG),
+    "log.half_written": Point(f"{_FILE}write", "half", LOG),
+    "log.written": Point(f"{_FILE}write", "after", LOG),
+    "log.syncing": Point("os:fsync", "before", LOG),
+    "log.synced": Point("os:fsync", "after", LOG),
     "log.closing": Point(f"{_LOG}Trajectory.close", "before"),
     "log.closed": Point(f"{_LOG}Trajectory.close", "after"),
     "step.begun": Point(f"{_MEZO}.step", "before"),
@@ -113,7 +116,7 @@ POINTS = {
     "resume.half_replayed": Point(f"{_WRITER}._write_", "after"),
     "resume.replayed": Point("optim.opening:apply_all_", "after"),
     "resume.torn_end_kept": Point("os:fsync", "before", r"trajectory\.mezo\.torn$"),
-    "resume.torn_end_cut": Point(f"{_LOG}_File._make_ready", "after"),
+    "resume.torn_end_cut": Point(f"{_FILE}LogFile._make_ready", "after"),
 }
 
 
@@ -168,8 +171,6 @@ def _wrapped(original: Callable[..., Any], point: Point, is_it: _Countdown, act:
             return result
         if point.when == "half":
             _write_half(args)
-        elif point.when == "written":
-            args[0].write(args[1])
         act()
         return original(*args, **kwargs)
 

@@ -30,7 +30,7 @@ import yaml
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import MezoError
 from mezo_scale.trajectory import Header, StepRecord, Trajectory, export
-from mezo_scale.trajectory.codec import pack_header, slot
+from mezo_scale.trajectory.codec import Chain, pack_header, pack_step, slot
 
 ROWS = Path(__file__).parents[1] / "tools" / "results" / "mutate.jsonl"
 LENGTHS = (1, 1, 4, 17, 92, 512, 4096)
@@ -111,7 +111,13 @@ class Subject:
             kept = 0  # pieces of bitmaps between the steps
         if list(found) != self.records[: len(found)] or data[:kept] != self.data[:kept]:
             return True
-        return kept > 0 and len(data.rstrip(b"\0")) - kept > 2 * self.size
+        return kept > 0 and (len(data.rstrip(b"\0")) - kept > 2 * self.size or self._on_disk(data) > len(found))
+
+    def _on_disk(self, data: bytes) -> int:
+        """How many records were on the disk for certain, as any record says that is whole, wherever it stands."""
+        parts = (data[at : at + self.size] for at in range(self.start, len(data) - self.size + 1, self.size))
+        whole = (part for part in parts if zlib.crc32(part[:-4]) == int.from_bytes(part[-4:], "little"))
+        return max((int.from_bytes(part[16:24], "little") for part in whole), default=0)
 
 
 def _is_sealed(original: bytes, data: bytes) -> bool:
@@ -142,7 +148,7 @@ def _record(step: int, unread: tuple[int, ...], shift: float) -> StepRecord:
 
 
 def subjects(folder: Path, steps: int = 30) -> list[Subject]:
-    """Logs that are open, closed, continued and with bitmaps, and an export."""
+    """Logs that are open, closed, with bitmaps, and with the most steps that may not be on the disk, and an export."""
 
     def written(name: str, head: Header, *, closes: tuple[int, ...], shift: float = 0) -> Path:
         log = Trajectory.create(folder / name, head)
@@ -162,10 +168,24 @@ def subjects(folder: Path, steps: int = 30) -> list[Subject]:
         begin, size = len(pack_header(head)), slot(head).itemsize
         records = Trajectory.open(path).records
         found.append(Subject(name, path.read_bytes(), other.read_bytes(), records, begin, size))
+    lagging = replace(HEADER, unsynced=16)
+    data, other = (_lagging(replace(lagging, run_id=run_id), steps) for run_id in (HEADER.run_id, "f" * 32))
+    begin, size = len(pack_header(lagging)), slot(lagging).itemsize
+    found.append(Subject("lagging", data, other, Trajectory.parse(data).records, begin, size))
     Trajectory.open(folder / "bitmaps").export(folder / "export")
     data = (folder / "export").read_bytes()
     found.append(Subject("export", data, data, Trajectory.open(folder / "export").records, 0, 0))
     return found
+
+
+def _lagging(head: Header, steps: int) -> bytes:
+    """A log of which the last 15 steps are never on the disk when the next one is written."""
+    data = pack_header(head)
+    chain = Chain(data)
+    for step in range(steps):
+        for body in pack_step(head, _record(step, (), 0), (), max(0, step - 15)):
+            data += body + chain.seal(body)
+    return data
 
 
 def logs(count: int, chance: random.Random) -> Iterator[str]:

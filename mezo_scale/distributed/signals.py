@@ -6,7 +6,7 @@ that this one has not joined yet. So every rank reads the announcement at the en
 waits for another.
 
 Outside of the steps there is nothing that would have to end: there, and at a second signal, the process ends at once.
-It loses nothing but the step in flight, for all others are in the log, which is on the disk.
+It loses nothing but the step in flight, for all others are written in the log.
 
 A launcher that is killed passes nothing on. Its ranks end with it: the system kills them (`end_with_parent`), for a
 rank that waits inside of a library for another one, or for the launcher's store, runs no handler.
@@ -36,7 +36,7 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
     """The signal handler outside of the steps: the process ends with 128 + `number`, rank 0 with a line before."""
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
-        said = f"stopped at once by {name}: what is in the log is on the disk, and the same command goes on after it\n"
+        said = f"stopped at once by {name}: what is in the log is written, and the same command goes on after it\n"
         os.write(2, said.encode())
     os._exit(128 + number)
 

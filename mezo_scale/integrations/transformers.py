@@ -257,6 +257,12 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """There is none to log, nor to gather."""
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, of steps that no power loss takes out of the trajectory any more."""
+        if (log := _unwrapped(self.optimizer).trajectory) is not None:
+            log.sync()
+        super()._save_checkpoint(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's. DeepSpeed's engine has no optimizer to save; the trajectory holds what it takes to go on."""
         if not self.is_deepspeed_enabled:

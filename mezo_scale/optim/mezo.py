@@ -185,8 +185,8 @@ class MeZO(torch.optim.Optimizer):
             The mean loss over rows, ranks and branches; 0.0 if nothing was measured.
 
         - A loss that is not finite on any rank skips the step on all: recorded, nothing written, the next step goes on.
-        - The record is on disk before a weight changes; a process killed in between resumes with that step applied
-          once.
+        - The record is written before a weight changes; a process killed in between resumes with that step applied
+          once. It is on the disk soon after (see `mezo_scale.Trajectory`): ``opt.trajectory.sync()`` waits for that.
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
         - An exception on one rank is raised there; the others raise a `RankError` that names it, and the step is taken
           on none. Those who wait for this rank's part of a weight, in the middle of a sharded model's forward, can't be
@@ -251,9 +251,12 @@ class MeZO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, where the run stands, and under rounding "master" the low bits of the masters, as each parameter's
-        "remainder" (int16). The weights are the model's; a trajectory holds all of it."""
+        "remainder" (int16). The weights are the model's; a trajectory holds all of it, and is on the disk when this
+        returns."""
         self._follow()
         self._publish()
+        if self.trajectory is not None:
+            self.trajectory.sync()
         return {**super().state_dict(), "mezo": self._run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

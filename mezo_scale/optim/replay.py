@@ -18,7 +18,7 @@ from mezo_scale.optim.update import Writer
 from mezo_scale.sharding import Shard, discover
 from mezo_scale.sharding.fingerprint import fingerprint
 from mezo_scale.sharding.fingerprint import fingerprints as fingerprints_of
-from mezo_scale.trajectory import Header, Trajectory
+from mezo_scale.trajectory import UNSYNCED, Header, Trajectory
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -145,6 +145,7 @@ def describe(
         fingerprints=dict(fingerprints) if fingerprints else None,
         estimator=estimator,
         rule=rule,
+        unsynced=UNSYNCED,
     )
 
 

@@ -123,14 +123,16 @@ class RunDirectory:
             keep_aside(self.metrics)
 
     def steps_said(self) -> int:
-        """How many steps were taken for certain: what evaluation.json and metrics.jsonl say of them, at most.
+        """How many steps the trajectory had on the disk for certain, as evaluation.json and metrics.jsonl say: with
+        fewer it has lost some.
 
-        Both are written after a step's record is on the disk, so a trajectory with fewer steps has lost some.
+        evaluation.json is written after that. A line of metrics says it as `synced`; one without it was written after
+        its step was on the disk.
         """
         tuned = self.read_evaluation().get("tuned")
         graded = tuned.get("step") if isinstance(tuned, dict) else None
-        said: list[int] = [line["step"] for line in self.read_metrics()]
-        return max(0, *said, graded if isinstance(graded, int) else 0)
+        said = [line.get("synced", line["step"]) for line in self.read_metrics()]
+        return max(number for number in (0, graded, *said) if isinstance(number, int))
 
     def read_log(self) -> Trajectory:
         """The run's trajectory. Raises TrajectoryError if it is not there, damaged, or has lost steps."""

@@ -9,6 +9,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file, writing
 from mezo_scale.runs.trackers import Trackers
+from mezo_scale.trajectory import Trajectory
 
 
 class Metrics:
@@ -16,11 +17,13 @@ class Metrics:
 
     Args:
         first_step: steps that are done; what is there of later ones is left out.
-        run_id: the trajectory's.
+        log: the run's. A line says how many of its steps are on the disk, for a line may come there before its step.
     """
 
-    def __init__(self, run: RunDirectory, world: World, first_step: int, recipe: Recipe, run_id: str | None) -> None:
-        self._path = run.metrics
+    def __init__(
+        self, run: RunDirectory, world: World, first_step: int, recipe: Recipe, log: Trajectory | None
+    ) -> None:
+        self._path, self._log = run.metrics, log
         self._file: TextIO | None = None
         self._board: Any = None  # TensorBoard's, imported below
         if world.rank == 0:
@@ -30,7 +33,7 @@ class Metrics:
             run.keep_damaged_metrics()
             whole = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step)
             replace_file(run.metrics, whole)
-            self._trackers = Trackers(recipe, run_id)
+            self._trackers = Trackers(recipe, log.header.run_id if log is not None else None)
             with writing(run.metrics):
                 self._file = run.metrics.open("a", encoding="utf-8")
             with writing(run.path / "tensorboard"):
@@ -44,8 +47,9 @@ class Metrics:
         if self._file is None:
             return
         finite = {name: _finite(value) for name, value in values.items()}
+        line = {"step": step, **finite} | ({"synced": self._log.synced} if self._log is not None else {})
         with writing(self._path):
-            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):

@@ -20,8 +20,8 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Runs a recipe, or goes on with the run that its directory holds. Every rank of a launch calls it.
 
     - All input is checked before anything is written: recipe, layout, model, data, an earlier run.
-    - Killed at any point, the same call goes on after the last step whose record reached the disk; a baseline's run
-      begins again.
+    - Killed at any point, the same call goes on after the last step whose record was written; a baseline's run begins
+      again. After a power loss it goes on from what reached the disk: at most 16 steps are taken again.
     - The base model and the trajectory are the checkpoint; a snapshot on the way only saves replaying what led to it.
     - With `dry_run` it ends before the first step, shows what it would do, and has written nothing.
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -113,9 +114,13 @@ def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
     """Saves the weights as they are, and then takes older snapshots away but `keep`; every rank calls it.
 
     Returns a line for the user. One that can't be written is no reason to stop: nothing depends on it.
+
+    Raises:
+        TrajectoryError: on rank 0, if the steps up to here did not come to the disk.
     """
     step, masters, log = optimizer.step_count, optimizer.low_bits(), optimizer.trajectory
     assert log is not None, "a run keeps a log"
+    log.sync()
     digest, folder = fingerprint([*shards(loaded.model), *masters]), run.snapshots / f"step-{step}"
 
     def seal(beside: Path) -> None:
@@ -132,17 +137,25 @@ def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
     left = ""
     if collectives.rank() == 0:
         try:
-            _prune(run, step, keep)
+            _prune(run, log, keep)
         except OSError as error:
             left = f"; older ones stay ({error.strerror}), and the run goes on"
     return f"step {step}: snapshot {folder}{left}"
 
 
-def _prune(run: RunDirectory, step: int, keep: int) -> None:
-    """Of the snapshots up to `step` the newest stay. Those of later steps are of a past that the log has lost."""
-    older = sorted(number for number in _by_step(run) if number <= step)
-    for number, path in _by_step(run).items():
-        if number not in older[-keep:]:
+def _prune(run: RunDirectory, log: Trajectory, keep: int) -> None:
+    """The newest good ones stay. Those that are damaged, or of a past that the log has lost, hold no place among them.
+
+    Raises:
+        OSError: one can't be read, and is left, or one can't be taken away.
+    """
+    by_step, good = _by_step(run), []
+    for step, path in by_step.items():
+        with suppress(ValueError, FileNotFoundError):
+            Snapshot.read(path).check(path, log)
+            good.append(step)
+    for step, path in by_step.items():
+        if step not in sorted(good)[-keep:]:
             path.replace(path.with_name(f"{path.name}.old"))  # a name that is never read, before anything goes
     tidy(run)
 

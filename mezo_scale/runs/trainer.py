@@ -189,7 +189,7 @@ class Trainer:
         log = optimizer.trajectory
         assert log is not None, "a run keeps a log"
         skips = Skips(recipe.train.max_skipped, count_skipped(self.run.trajectory) if self.world.rank == 0 else 0)
-        metrics = Metrics(self.run, self.world, optimizer.step_count, recipe, log.header.run_id)
+        metrics = Metrics(self.run, self.world, optimizer.step_count, recipe, log)
         try:
             with (
                 self.screen.steps(optimizer.step_count, total, recipe.train.log_every) as progress,
@@ -202,8 +202,10 @@ class Trainer:
                     self._step(optimizer, metrics, progress, skips)
                     self._keep(optimizer, progress)
                     if number := interruption.after(optimizer.step_count):
+                        log.sync()
                         self._stop(optimizer.step_count, number)
                 optimizer.check_ranks()
+                log.sync()  # what is written from here on speaks of all steps
         finally:
             metrics.close()
         return skips.total

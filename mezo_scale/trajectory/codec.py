@@ -12,9 +12,10 @@ Little-endian; K directions and G parameter groups, which the header says:
     CLOSE 4           the writer left in order after `step` steps; number 0, payload 0
     5                 reserved for a snapshot
 
-`synced` counts the records that were known to be on the disk when this one was written: all up to the append that it
-is part of. `chain` is BLAKE2b with 8 bytes over the whole file from its first byte up to the chain value itself. So one
-hash over the file checks it all, and a record that was moved, left out or taken from another run breaks it.
+`synced` counts the records that were known to be on the disk when this one was written: all but those of the last few
+appends, of which the header's `unsynced` is the most, this record's own among them. `chain` is BLAKE2b with 8 bytes
+over the whole file from its first byte up to the chain value itself. So one hash over the file checks it all, and a
+record that was moved, left out or taken from another run breaks it.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def pack_step(header: Header, record: StepRecord, before: tuple[int, ...], synce
 
     Args:
         before: the unread parameters of the step before.
-        synced: records in the file so far.
+        synced: records that are on the disk for certain.
     """
     row = np.zeros(1, slot(header))
     row["step"], row["synced"] = record.step, synced
@@ -113,7 +114,7 @@ def read(data: bytes, where: str) -> Contents:
     header, start = unpack_header(data, where)
     if header.run_id is None:
         raise TrajectoryError(f"{where} has no run_id in its header: use the mezo-scale release that wrote it")
-    size, longest = slot(header).itemsize, _number_of_pieces(header) + 1
+    size, longest = slot(header).itemsize, header.unsynced * (_number_of_pieces(header) + 1)
     count = (len(data) - start) // size
     good = _verified(data, start, size, count, longest)
     slots = np.frombuffer(data, slot(header), good, start)
@@ -130,7 +131,7 @@ def read(data: bytes, where: str) -> Contents:
 def _verified(data: bytes, start: int, size: int, count: int, longest: int) -> int:
     """How many records are as they were written, before the first that is not.
 
-    The chain value of a record checks all before it: it is enough to look at the last ones, one by one, where an append
+    The chain value of a record checks all before it: it is enough to look at the last ones, one by one, where appends
     may be torn. Only if they are wrong themselves, all are looked at.
     """
     first = max(0, count - longest - 1)
@@ -164,10 +165,28 @@ def _ordered(header: Header, slots: Rows, where: str) -> tuple[npt.NDArray[np.bo
     allowed |= (kind == UNREAD) & (within < pieces)
     right = slots["number"] == np.where(kind == UNREAD, within, np.uint32(0))
     right &= slots["step"] == np.cumsum(is_step, dtype=np.uint32) - is_step
-    right &= (slots["synced"] == begun) & allowed
+    right &= allowed & _synced_in_time(slots["synced"], begun, is_step | is_close, header.unsynced)
     if not right.all():
         raise TrajectoryError(f"{where} is damaged at record {int(right.argmin())}: restore the file from a copy")
     return is_step, int(ends[-1]) if len(slots) else 0
+
+
+def _synced_in_time(
+    synced: Rows, begun: npt.NDArray[np.uint32], is_last: npt.NDArray[np.bool_], unsynced: int
+) -> npt.NDArray[np.bool_]:
+    """Where no fewer records were on the disk than a writer lets there be.
+
+    Args:
+        synced: as the records say, where an append of theirs begins or another one before it.
+        begun: per record, where its append begins.
+        is_last: whether it is the last one of an append.
+        unsynced: as in the header.
+    """
+    there = np.minimum(synced, begun)
+    appends = np.concatenate([np.zeros(1, np.uint32), np.cumsum(is_last, dtype=np.uint32)])  # before each record
+    on_the_way = appends[:-1] - appends[there]
+    right: npt.NDArray[np.bool_] = (synced == begun[there]) & (on_the_way < unsynced)
+    return right
 
 
 def _changes(header: Header, slots: Rows) -> list[tuple[int, tuple[int, ...]]]:

@@ -1,12 +1,11 @@
-"""The log of a run: records appended to a file, each on disk before its step is applied."""
+"""The log of a run: records appended to a file, each written before its step is applied, and soon on the disk."""
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -15,11 +14,13 @@ import numpy as np
 
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.trajectory import codec, export, version1
+from mezo_scale.trajectory.file import LogFile, place
 from mezo_scale.trajectory.lock import Lock
 from mezo_scale.trajectory.record import Header, StepRecord
 from mezo_scale.trajectory.steps import Contents, Steps
 
 _READERS = {codec.MAGIC: codec.read, version1.MAGIC: version1.read, export.MAGIC: export.read}
+_CLOSED = "the trajectory was closed: open it again to go on"
 
 
 class Trajectory(Sequence[StepRecord]):
@@ -27,8 +28,11 @@ class Trajectory(Sequence[StepRecord]):
 
     - ``create`` refuses to overwrite a file. ``open`` reads one and checks every byte; with ``append=True`` it goes on.
     - Whoever appends holds a lock until ``close`` or ``release``: there is one writer, in this process and in all.
-    - ``append`` returns after the record is on disk (fsync): what was returned is never lost.
-    - A failed write (disk full, a failed fsync) raises, and is the last that this object tries.
+    - ``append`` returns after the record is written: no kill loses it. A thread brings it to the disk (fsync). An
+      append waits while `header.unsynced` steps, or one from more than a second before, are not there yet: a power
+      loss takes no more than these. ``sync`` waits for all of them.
+    - A failed write (disk full, a failed fsync) raises, at once or from the next call, and is the last that this object
+      tries. What is not on the disk for certain is taken away.
     - An end that a crash has torn is left out with a warning. Opening writes nothing; the first append moves the torn
       bytes into ``<path>.torn`` before it takes their place.
     """
@@ -36,7 +40,7 @@ class Trajectory(Sequence[StepRecord]):
     def __init__(self, header: Header, steps: Steps | None = None) -> None:
         self.header = header
         self.steps = steps if steps is not None else Steps(np.zeros(0, codec.slot(header)))
-        self._file: _File | None = None
+        self._file: LogFile | None = None
         self._failed = ""
 
     @classmethod
@@ -53,8 +57,10 @@ class Trajectory(Sequence[StepRecord]):
             if os.path.lexists(path):
                 raise TrajectoryError(f"{path} exists already: continue it, or choose another folder")
             try:
-                _place(path, begun)
-                trajectory._file = _File(path, lock, begun, len(begun), records=0, closed=True)
+                place(path, begun)
+                trajectory._file = LogFile(
+                    path, lock, begun, Contents(header, trajectory.steps, len(begun), len(begun), closed=True)
+                )
             except OSError as error:
                 raise TrajectoryError(f"{path} can't be written: {error.strerror}") from None
             undo.pop_all()
@@ -85,9 +91,8 @@ class Trajectory(Sequence[StepRecord]):
             if lock is not None:
                 if contents.final:
                     raise TrajectoryError(f"{path} {contents.final}")
-                begun, found = data[: contents.whole], contents
                 try:
-                    trajectory._file = _File(path, lock, begun, found.size, found.records, found.closed)
+                    trajectory._file = LogFile(path, lock, data[: contents.whole], contents)
                 except OSError as error:
                     raise TrajectoryError(f"{path} can't be continued: {error.strerror}") from None
             undo.pop_all()
@@ -99,11 +104,17 @@ class Trajectory(Sequence[StepRecord]):
         contents = _contents(data, where)
         return cls(contents.header, contents.steps)
 
+    @property
+    def synced(self) -> int:
+        """Steps that are on the disk for certain; 0 where this object keeps no file, or no longer."""
+        return self._file.synced.steps if self._file is not None else 0
+
     def append(self, record: StepRecord) -> None:
-        """Add a step; on disk when this returns.
+        """Add a step: written when this returns, and on its way to the disk.
 
         Raises:
-            TrajectoryError: it is not the next one, or can't be written; then nothing has changed.
+            TrajectoryError: it is not the next one, or can't be written, or one before it did not come to the disk;
+                then nothing has changed.
             ValueError: its numbers of directions and groups are not the header's.
         """
         if record.step != len(self):
@@ -111,15 +122,29 @@ class Trajectory(Sequence[StepRecord]):
         if self._failed:
             raise TrajectoryError(self._failed)
         if self._file is not None:
-            before = self.steps.unread_at(len(self))
-            bodies = codec.pack_step(self.header, record, before, self._file.records)
+            with self._writing() as file:
+                file.await_room()
+            bodies = codec.pack_step(self.header, record, self.steps.unread_at(len(self)), file.synced.records)
             self._failed = "the trajectory was interrupted in the middle of a record: start the run again"
-            self._write(bodies)
-            self._file.closed = False
+            with self._writing():
+                file.append(bodies, steps=1)
+            file.closed = False
         self.steps.append(record)
         if self._file is not None:
             self.steps.rows["chain"][-1] = self._file.chain
         self._failed = ""
+
+    def sync(self) -> None:
+        """Return when all steps are on the disk: to be called before anything is written elsewhere that speaks of them.
+
+        Raises:
+            TrajectoryError: they did not come there.
+        """
+        if self._failed not in ("", _CLOSED):
+            raise TrajectoryError(self._failed)
+        if self._file is not None:
+            with self._writing() as file:
+                file.await_all()
 
     def chain(self, steps: int) -> str | None:
         """The chain value behind the first so many steps (one or more), 16 hexadecimal digits: it stands for all that
@@ -139,7 +164,7 @@ class Trajectory(Sequence[StepRecord]):
         try:
             if os.path.lexists(path):
                 raise TrajectoryError(f"{path} exists already: give the name of a file that does not")
-            _place(path, data)
+            place(path, data)
         except OSError as error:
             raise TrajectoryError(f"{path} can't be written: {error.strerror}") from None
         return len(data)
@@ -147,32 +172,54 @@ class Trajectory(Sequence[StepRecord]):
     def close(self) -> None:
         """Put a record behind the last step that says that nothing was left to write, and let the file go.
 
-        Records stay in memory. Raises TrajectoryError if the record can't be written; the file is let go all the same.
+        Records stay in memory. Raises TrajectoryError if the record can't be written or one before it did not come to
+        the disk; the file is let go all the same.
         """
         try:
             if self._file is not None and not self._file.closed and not self._failed:
-                self._write(codec.pack_close(self.header, len(self), self._file.records))
+                self.sync()
+                with self._writing() as file:
+                    file.append(codec.pack_close(self.header, len(self), file.synced.records), steps=0)
         finally:
             self.release()
 
     def release(self) -> None:
-        """Let the file go as it is; once more does nothing. Nothing can be appended any more, to the memory either."""
-        self._failed = self._failed or "the trajectory was closed: open it again to go on"
-        if self._file is not None:
-            self._file.release()
-            self._file = None
+        """Let the file go as it is; once more does nothing. Nothing can be appended any more, to the memory either.
 
-    def _write(self, bodies: list[bytes]) -> None:
-        assert self._file is not None
-        try:
-            self._file.append(bodies)
-        except OSError as error:
-            self._failed = (
-                f"the trajectory can't be written: {error.strerror}; nothing was applied. Make room, and start the "
-                "run again: it goes on from its last step"
+        Raises:
+            TrajectoryError: a step did not come to the disk; the file is let go all the same.
+        """
+        self._failed = self._failed or _CLOSED
+        error = self._let_go()
+        if error is not None:
+            raise self._failure(error) from None
+
+    def _let_go(self) -> Exception | None:
+        file, self._file = self._file, None
+        return file.release() if file is not None else None
+
+    @contextmanager
+    def _writing(self) -> Iterator[LogFile]:
+        """The file. What it raises is the last: it is let go, and said again by whatever is tried later."""
+        file = self._file
+        assert file is not None
+        if file.process != os.getpid():
+            raise TrajectoryError(
+                f"the trajectory is written by process {file.process}, of which this one is a fork: append there"
             )
-            self.release()
-            raise TrajectoryError(self._failed) from None
+        try:
+            yield file
+        except OSError as error:
+            self._let_go()
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> TrajectoryError:
+        why = error.strerror if isinstance(error, OSError) else error
+        self._failed = (
+            f"the trajectory can't be written: {why}; no further step was applied. Make room, and start the run again: "
+            "it goes on from its last step"
+        )
+        return TrajectoryError(self._failed)
 
     def __enter__(self) -> Trajectory:
         return self
@@ -196,51 +243,6 @@ class Trajectory(Sequence[StepRecord]):
     def records(self) -> list[StepRecord]:
         """All of them as objects, about half a kilobyte each."""
         return self.steps[:]
-
-
-class _File:
-    """The end of a file that is appended to, and the lock on it. Methods raise OSError."""
-
-    def __init__(
-        self, path: str | os.PathLike[str], lock: Lock, begun: bytes, size: int, records: int, closed: bool
-    ) -> None:
-        self.records, self.closed, self.chain = records, closed, 0
-        self._path, self._lock = Path(path), lock
-        self._end, self._torn = len(begun), size - len(begun)
-        self._chain = codec.Chain(begun)
-        self._ready = False
-        self._file = io.FileIO(path, "r+")
-
-    def append(self, bodies: list[bytes]) -> None:
-        """Seals records and puts them on the disk, in one write. After an error what arrived is taken away again."""
-        self._make_ready()
-        data = b"".join(body + self._chain.seal(body) for body in bodies)
-        try:
-            _write(self._file, data)
-        except OSError:
-            with suppress(OSError):
-                self._file.truncate(self._end)
-            raise
-        self._end += len(data)
-        self.records += len(bodies)
-        self.chain = codec.chain_of(data)
-
-    def _make_ready(self) -> None:
-        """Before the first append: a torn end is kept beside, and what the file holds is on the disk for certain."""
-        if self._ready:
-            return
-        if self._torn:
-            self._file.seek(self._end)
-            with io.FileIO(f"{self._path}.torn", "a") as beside:
-                _write(beside, self._file.read(self._torn))
-            self._file.truncate(self._end)
-        self._file.seek(self._end)
-        os.fsync(self._file.fileno())
-        self._ready = True
-
-    def release(self) -> None:
-        self._file.close()
-        self._lock.release()
 
 
 def _lock(path: str | os.PathLike[str], what: str, undo: ExitStack) -> Lock:
@@ -272,29 +274,3 @@ def _contents(data: bytes, where: str) -> Contents:
             stacklevel=4,
         )
     return contents
-
-
-def _place(path: str | os.PathLike[str], data: bytes) -> None:
-    """A new file that is seen whole or not at all, and on disk when this returns. Raises OSError."""
-    beside = Path(f"{os.fspath(path)}.partial")
-    try:
-        with io.FileIO(beside, "w") as file:
-            _write(file, data)
-        beside.rename(path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write(file: io.FileIO, data: bytes) -> None:
-    """All of the data, on disk. Unbuffered: what could not be written is not written later, in front of something."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-    os.fsync(file.fileno())

@@ -9,6 +9,9 @@ from typing import Any
 
 from mezo_scale.errors import TrajectoryError
 
+UNSYNCED = 16
+"""Appends of a new run that may be on their way to the disk at once."""
+
 _MOST = 2**20  # multipliers of a record: a damaged header must not ask for all memory
 
 
@@ -69,6 +72,7 @@ class Header:
         fingerprints: of what else the run was made with, by name ("data", "config", "tokenizer"), from whoever made the
             optimizer. Names that only one of two headers has are not compared.
         estimator, rule: how losses became multipliers; a replay needs neither.
+        unsynced: how many appends, the last ones, may not be on the disk: all before them are.
 
     A field that has its default is left out of the file. Raises ValueError for types and numbers that no run could
     have.
@@ -88,6 +92,7 @@ class Header:
     fingerprints: dict[str, str] | None = None
     estimator: str = "spsa"
     rule: str = "sgd"
+    unsynced: int = 1
 
     def __post_init__(self) -> None:
         counts = (self.num_directions, self.num_groups)
@@ -108,6 +113,8 @@ class Header:
             raise ValueError(f"seed is {self.seed!r}: expected an integer of 64 bits without sign")
         if not (isinstance(self.eps, int | float) and type(self.noise_version) is int):
             raise ValueError(f"eps is {self.eps!r}, noise_version {self.noise_version!r}: expected numbers")
+        if type(self.unsynced) is not int or self.unsynced < 1:
+            raise ValueError(f"unsynced is {self.unsynced!r}: expected 1 or more")
         if not isinstance(self.manifest, list) or not all(map(_is_entry, self.manifest)):
             raise ValueError("the manifest's entries are lists of name, shape, dtype, group and whether it decays")
         if self.run_id is not None and not re.fullmatch("[0-9a-f]{32}", self.run_id):

@@ -129,15 +129,16 @@ def unread_positions(header: Header, bits: bytes) -> tuple[int, ...]:
 
 
 def check_end(data: bytes, whole: int, bad: int, number: int, size: int, longest: int, where: str) -> None:
-    """Whether what follows the last whole append is what is left of one that was cut off.
+    """Whether what follows the last whole append is what is left of those that were not on the disk yet.
 
-    A cut append is a beginning of its bytes, followed by nothing, or by zeros up to the file's end where the file
-    system had reserved the space. A record whose checksum is there but wrong was on the disk, and is damage.
+    That is a beginning of their bytes, followed by nothing, or by zeros up to the file's end where the file system had
+    reserved the space. A record whose checksum is there but wrong was on the disk, and is damage; so is what lies
+    further from the end than appends may that are not on the disk.
 
     Args:
         whole: where the last whole append ends.
         bad: where the first record begins that is cut or wrong; its `number`, for the message.
-        size, longest: bytes of a record, and records of the longest append.
+        size, longest: bytes of a record, and how many records may be missing at most.
 
     Raises:
         TrajectoryError: it is damage, for nothing is known to be whole from there on.

@@ -13,9 +13,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mezo_scale as ms
 from mezo_scale.errors import TrajectoryError
-from mezo_scale.integrations.transformers import MeZOTrainer
+from mezo_scale.integrations.transformers import MeZOTrainer, _unwrapped
 from tests.integrations.trainers import Rows, StopAfter, config, equal, values
 from tests.support import models
+from tests.support.disk import LazyDisk
 
 
 def by_hand(rows: Rows, steps: int, size: int) -> list[Tensor]:
@@ -146,6 +147,20 @@ def test_a_checkpoint_s_steps_are_not_replayed_twice(tmp_path: pathlib.Path, beh
     assert again.state.global_step == len(ms.Trajectory.open(tmp_path / "parts" / "t.mezo")) == 5
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry][-2:] == [4, 5]
     assert equal(weights, whole)
+
+
+def test_a_checkpoint_s_steps_are_on_the_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LazyDisk(monkeypatch)
+    save_model, found = MeZOTrainer.save_model, []
+
+    def save(trainer: MeZOTrainer, *args: Any, **kwargs: Any) -> None:
+        log = _unwrapped(trainer.optimizer).trajectory
+        found.append((len(log), log.synced))
+        save_model(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MeZOTrainer, "save_model", save)
+    trained(shuffled(tmp_path, save_strategy="steps", save_steps=2))
+    assert found[:2] == [(2, 2), (4, 4)]
 
 
 def test_a_run_that_went_on_by_its_trajectory_saves_checkpoints_again(tmp_path: pathlib.Path) -> None:

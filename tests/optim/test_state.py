@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import mezo_scale as ms
 from tests.support import models
+from tests.support.disk import LazyDisk
 
 BATCH = models.batch("llama", 4)
 LOSS = models.objective("llama")
@@ -52,6 +53,18 @@ def saved(opt: ms.MeZO) -> dict[str, Any]:
     torch.save(opt.state_dict(), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def test_the_steps_of_a_saved_state_are_on_the_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LazyDisk(monkeypatch)
+    _, opt = made(trajectory=tmp_path / "t")
+    steps(opt, 2)
+    assert opt.trajectory is not None
+    assert (len(opt.trajectory), opt.trajectory.synced) == (2, 0)
+    opt.state_dict()
+    assert opt.trajectory.synced == 2
+    opt.trajectory.close()
+    opt.state_dict()  # of a log that is closed as well
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

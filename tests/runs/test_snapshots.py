@@ -71,6 +71,15 @@ def test_a_run_that_goes_on_from_a_snapshot_has_the_bits_of_one_that_never_stopp
     assert all("bit for bit" in line for line in list(verify(load(parts)))[2:])
 
 
+def test_a_damaged_snapshot_takes_the_place_of_no_good_one(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(*EVERY_2, "steps=4", "keep_snapshots=2")
+    train(recipe)
+    assert names(recipe.directory) == ["step-2", "step-4"]
+    (recipe.directory / "snapshots" / "step-4" / "config.json").write_text("{}")
+    train(load(recipe.directory, ["steps=6"]))
+    assert names(recipe.directory) == ["step-2", "step-6"]
+
+
 def truncated(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -78,6 +78,6 @@ def test_a_signal_before_the_first_step_ends_the_run_with_a_line(
     done = running.wait(60)
     assert done.code == 128 + number
     assert lines_of_ours(done.output) == [
-        f"stopped at once by {number.name}: what is in the log is on the disk, and the same command goes on after it"
+        f"stopped at once by {number.name}: what is in the log is written, and the same command goes on after it"
     ]
     assert "Traceback" not in done.output

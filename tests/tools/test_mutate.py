@@ -25,3 +25,6 @@ def test_a_log_that_lost_a_step_it_had_on_the_disk_would_be_seen(tmp_path: Path)
     assert not subject.is_wrong(subject.data, whole)
     assert subject.is_wrong(subject.data, shorter)
     assert subject.is_wrong(subject.other, whole)
+    holed = subject.data[: -2 * subject.size] + bytes(subject.size) + subject.data[-subject.size :]
+    before = mutate.Trajectory.parse(subject.data[: -2 * subject.size])
+    assert subject.is_wrong(holed, before)  # its last record says that the one before it was there
