@@ -1,4 +1,4 @@
-"""The real model on real sentences: SmolLM2-135M, rotten_tomatoes; in one process, and on 2 ranks by the CLI."""
+"""The real model on real texts: SmolLM2-135M on sentences of rotten_tomatoes, and the demo on 2 ranks by the CLI."""
 
 import copy
 import csv
@@ -100,7 +100,7 @@ def test_the_demo_s_recipe_trains_under_torchrun_and_its_log_rebuilds_it(
     demo: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    small = ["train.steps=2", "task.train=32", "task.dev=8", "task.test=16", f"output.dir={tmp_path / 'run'}"]
+    small = ["train.steps=2", "task.train=128", "task.dev=8", "task.test=16", f"output.dir={tmp_path / 'run'}"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train = [*launch, "-m", "mezo_scale.cli", "train", "launch/demo.yaml", *small]
     done = subprocess.run(train, capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -83,7 +83,7 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def demo() -> pathlib.Path:
-    """The folder with `model` and `rotten_tomatoes.csv`: real weights and sentences, made once per checkout."""
+    """The folder with the demo's model and data, real weights and texts, made once per checkout."""
     folder = ROOT / ".demo"
     tool = [sys.executable, str(ROOT / "tools" / "prepare_demo.py"), "--out", str(folder)]
     done = subprocess.run(tool, capture_output=True, text=True)

@@ -160,6 +160,6 @@ def test_the_tool_looks_for_everything_before_it_writes_anything(tmp_path: Path)
 def test_the_demos_recipe_reads_what_the_tool_makes_and_keeps_500_test_examples() -> None:
     demo = recipe.load(Path(prepare_demo.__file__).parents[1] / "launch" / "demo.yaml")
     assert demo.model.name == (prepare_demo.OUT / prepare_demo.MODEL).as_posix()
-    assert demo.task.data == (prepare_demo.OUT / prepare_demo.SENTENCES).as_posix()
+    assert demo.task.data == (prepare_demo.OUT / prepare_demo.SPAM).as_posix()
     assert demo.task.test >= 500
-    assert demo.task.train + demo.task.dev + demo.task.test <= 8530
+    assert demo.task.train + demo.task.dev + demo.task.test <= 5160
