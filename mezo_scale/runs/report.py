@@ -33,7 +33,7 @@ def results_table(results: Mapping[str, Any]) -> list[list[str]]:
         name for name in results["zero_shot"] if interval_key(name, main) in results["zero_shot"] and name != main
     ]
     shown = [main, *others]
-    header = ["test split", *(cell for name in shown for cell in (name, "95% interval")), "examples"]
+    header = ["test split", *(cell for name in shown for cell in (name.replace("_", " "), "95% interval")), "examples"]
     ends = [key for key in _ENDS if key in results]
     rows = [header]
     for key in [*(key for key in results if key not in (*ends, "best")), *ends]:
@@ -52,10 +52,15 @@ def best_on_dev(run: RunDirectory, results: Mapping[str, Any]) -> dict[str, Any]
     """
     main = main_metric(results["tuned"])
     found = [line for line in run.read_metrics() if isinstance(line.get(f"dev_{main}"), int | float)]
-    if not found or interval_key(main, main) not in results["tuned"]:
+    if not found or not _more_is_better(results["tuned"]):
         return None
     best = max(found, key=lambda line: (line[f"dev_{main}"], -line["step"]))
     return {"step": best["step"], "metric": main, "value": best[f"dev_{main}"]}
+
+
+def _more_is_better(found: Mapping[str, Any]) -> bool:
+    """Of the main metric. Runs of before it was written have an interval where it holds."""
+    return bool(found.get("more_is_better", "interval_95" in found))
 
 
 def main_metric(found: Mapping[str, Any]) -> str:
@@ -68,7 +73,7 @@ def _cells(found: Mapping[str, Any], name: str, main: str) -> tuple[str, str]:
     if found.get(name) is None:
         return "", ""
     if interval_key(name, main) not in found:
-        return f"{found[name]:.4f}", ""
+        return (f"{found[name]:.1%}" if _more_is_better(found) else f"{found[name]:.4f}"), ""
     low, high = found[interval_key(name, main)]
     return f"{found[name]:.1%}", f"{low:.1%} to {high:.1%}"
 
@@ -118,7 +123,7 @@ def write_report(
         *_table(results_table(results)),
         "",
         *_explanations(results),
-        f"![loss and {main_metric(results['tuned'])}]({run.plot.name})",
+        f"![loss and {main_metric(results['tuned']).replace('_', ' ')}]({run.plot.name})",
         "",
         *_memory(memory_gib),
         "Settings: `recipe.yaml`. Where it ran: `environment.json`. Every step: `trajectory.mezo`, `metrics.jsonl`.",
@@ -139,7 +144,7 @@ def write_results(
     lines = [f"# {title}", "", about, "", *_table(results_table(results)), ""]
     if "tuned" in results:
         _plot(run, results)
-        lines += [f"![loss and {main_metric(results['tuned'])}]({run.plot.name})", ""]
+        lines += [f"![loss and {main_metric(results['tuned']).replace('_', ' ')}]({run.plot.name})", ""]
     lines += _memory(memory_gib)
     lines.append("Settings: `recipe.yaml`. Where it ran: `environment.json`. What was measured: `metrics.jsonl`.")
     replace_file(run.report, "\n".join(lines) + "\n")
@@ -185,6 +190,7 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
     from matplotlib import pyplot as plt
 
     lines, main = run.read_metrics(), main_metric(results["tuned"])
+    called = main.replace("_", " ")
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     dev = [(line["step"], line[f"dev_{main}"]) for line in lines if line.get(f"dev_{main}") is not None]
     figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -194,16 +200,16 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
     left.set(xlabel="step", ylabel="loss")
     right = left.twinx()
     if dev:
-        right.plot(*zip(*dev, strict=True), color="tab:orange", marker="o", label=f"{main} on dev")
+        right.plot(*zip(*dev, strict=True), color="tab:orange", marker="o", label=f"{called} on dev")
     for key, style in (("zero_shot", ":"), ("tuned", "--")):
         if results[key][main] is not None:
-            label = f"{main} on test, {key.replace('_', '-')}: {_cells(results[key], main, main)[0]}"
+            label = f"{called} on test, {key.replace('_', '-')}: {_cells(results[key], main, main)[0]}"
             right.axhline(results[key][main], color="tab:green", linestyle=style, label=label)
-    right.set(ylabel=main)
-    if interval_key(main, main) in results["tuned"]:
+    right.set(ylabel=called)
+    if _more_is_better(results["tuned"]):
         right.set(ylim=(0, 1))
     handles = [artist for axes in (left, right) for artist in axes.get_legend_handles_labels()[0]]
-    left.legend(handles=handles, loc="lower left", fontsize="small")
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")
     beside = run.plot.with_name(run.plot.name + ".partial")
     figure.savefig(beside, dpi=150, format="png")
     beside.replace(run.plot)

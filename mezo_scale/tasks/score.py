@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mezo_scale import collectives
 
@@ -86,7 +86,7 @@ class ByClass:
     there: tuple[int, ...]
     not_finite: int = 0
 
-    low = high = None  # no interval is as simple as that of a mean over rows
+    bounded: ClassVar[bool] = True
 
     @classmethod
     def of(cls, name: str, chosen: Sequence[int | None], labels: Sequence[int], classes: int) -> "ByClass":
@@ -111,6 +111,28 @@ class ByClass:
         else:
             values = [right / there for right, _, there in counts if there]
         return math.fsum(values) / len(values) if values else None
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95% interval; None where there is no value, and for macro_f1, of which none is as simple."""
+        return self._interval[0] if self._interval else None
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95% interval; likewise."""
+        return self._interval[1] if self._interval else None
+
+    @property
+    def _interval(self) -> tuple[float, float] | None:
+        """From the classes' own intervals: the distances to their ends add up in squares (Zou and Donner, 2008)."""
+        classes = [(right, there) for right, there in zip(self.right, self.there, strict=True) if there]
+        if self.name != "balanced_accuracy" or not classes:
+            return None
+        ends = [(right / there, *wilson(right, there)) for right, there in classes]
+        below = math.hypot(*(share - low for share, low, _ in ends)) / len(classes)
+        above = math.hypot(*(high - share for share, _, high in ends)) / len(classes)
+        mean = math.fsum(share for share, _, _ in ends) / len(classes)
+        return mean - below, mean + above
 
     @property
     def parts(self) -> list[float]:
@@ -164,9 +186,10 @@ class Score:
         return Score(summed, self.main)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: main, count, not_finite, and each metric's value by its name. A metric that has an interval has it
-        under "interval_95" if it is the main one, else under "NAME_interval_95"."""
-        found: dict[str, Any] = {"main": self.main, "count": self.count, "not_finite": self.not_finite}
+        """For JSON: main, more_is_better (of it), count, not_finite, and each metric's value by its name. A metric
+        that has an interval has it under "interval_95" if it is the main one, else under "NAME_interval_95"."""
+        found: dict[str, Any] = {"main": self.main, "more_is_better": self.metrics[self.main].bounded}
+        found |= {"count": self.count, "not_finite": self.not_finite}
         for name, metric in self.metrics.items():
             found[name] = metric.value
             if metric.low is not None:

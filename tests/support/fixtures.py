@@ -74,11 +74,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def pool() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(pool: Ranks) -> Iterator[Ranks]:
     """Runs a function on 1 to 4 warm gloo ranks: see `tests/support/pool.py`."""
-    ranks = Ranks()
-    yield ranks
-    ranks.close()
+    yield pool
+    pool.rest()  # gloo's threads are never idle: they would take from the tests of other files
 
 
 @pytest.fixture(scope="session")

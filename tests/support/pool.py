@@ -8,7 +8,8 @@
 - The function goes by reference (module and name), arguments and results by value.
 - A world of each size is started when first asked for and kept; each has its own processes and process group.
 - An exception on any rank raises RankFailed with the rank, its traceback and what the ranks printed.
-- A world in which a call failed, or took longer than its timeout, is killed and started anew when next asked for.
+- A world in which a call failed, or took longer than its timeout, is killed and started anew when next asked for. So is
+  one that has answered many calls: each process group that it made keeps a thread that wakes at 100 Hz.
 - `fresh=True` starts a world for this call alone: for functions that kill processes or spoil global state.
 - `first=n` puts rank 0 in the n-th interpreter, the others after it: other processes, with other hash seeds.
 """
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 MAX_RANKS = 4
 START_TIMEOUT_S = 240  # four interpreters import torch, transformers and deepspeed on two cores
+CALLS = 40  # that a world answers
 GRACE_S = 3  # for the other ranks, after one has failed
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -120,6 +122,7 @@ class World:
 
     def __init__(self, nurseries: list[Nursery], folder: pathlib.Path) -> None:
         self.workers = []
+        self.left = CALLS
         for rank, nursery in enumerate(nurseries):
             ours, theirs = Pipe()
             log = folder / f"rank{rank}.log"
@@ -203,8 +206,17 @@ class Ranks:
         except BaseException:
             world.kill()
             raise
-        self._worlds[world_size, first] = world
+        world.left -= 1
+        if world.left:
+            self._worlds[world_size, first] = world
+        else:
+            world.kill()
         return results
+
+    def rest(self) -> None:
+        """End the worlds; the interpreters stay, and begin others when asked."""
+        while self._worlds:
+            self._worlds.popitem()[1].kill()
 
     def close(self) -> None:
         for nursery in self._nurseries:

@@ -91,7 +91,6 @@ def _serve(order: Fork, calls: Connection) -> None:
         try:
             if joined is not None:
                 raise RuntimeError(f"the world of {order.world_size} did not form:\n{joined}")
-            _let_groups_go()
             function, kwargs = pickle.loads(call)
             answer = pickle.dumps((True, function(**kwargs)))
         except BaseException:
@@ -99,21 +98,6 @@ def _serve(order: Fork, calls: Connection) -> None:
         gc.collect()  # sharded models are full of cycles, and hold process groups
         sys.stdout.flush()
         calls.send_bytes(answer)
-
-
-def _let_groups_go() -> None:
-    """Ends the process groups that the last call made: each has a thread that wakes a hundred times a second for good.
-
-    Not at the call's own end, when another rank may still read from this one.
-    """
-    import deepspeed.comm
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _world
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()  # it answers for a mesh with what an equal one got, groups included
-    for group in [group for group in _world.pg_map if group is not dist.group.WORLD]:
-        deepspeed.comm.destroy_process_group(group)  # which forgets those that DeepSpeed keeps
 
 
 def _join(order: Fork) -> None:

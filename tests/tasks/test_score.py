@@ -1,12 +1,13 @@
 """Scores: means that add up, and how sure one can be of them."""
 
 import math
+import random
 
 import pytest
 
 from mezo_scale import collectives
 from mezo_scale.tasks import Metric, Score
-from mezo_scale.tasks.score import wilson
+from mezo_scale.tasks.score import ByClass, wilson
 from tests.support.pool import Ranks
 
 
@@ -21,6 +22,32 @@ def test_the_interval_is_wilsons(correct: int, count: int, low: float, high: flo
 def test_a_mean_of_shares_has_the_interval_of_a_proportion() -> None:
     metric = Metric.of([0.5, 0.0, 1.0, 0.5])
     assert (metric.value, metric.low, metric.high) == (0.5, *wilson(2, 4))
+
+
+def test_the_interval_of_balanced_accuracy_covers_what_it_should() -> None:
+    """Drawn from known recalls, with a class of few rows: the 95% interval holds the true mean about as often."""
+    draw, recalls, rows = random.Random(0), (0.95, 0.7), (200, 25)
+    inside = 0
+    for _ in range(2000):
+        right = tuple(sum(draw.random() < p for _ in range(n)) for p, n in zip(recalls, rows, strict=True))
+        metric = ByClass("balanced_accuracy", right, rows, rows)
+        assert metric.low is not None
+        assert metric.high is not None
+        assert metric.value is not None
+        assert 0 <= metric.low <= metric.value <= metric.high <= 1
+        inside += metric.low <= 0.825 <= metric.high
+    assert inside / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_macro_f1_has_no_interval_and_no_rows_have_none() -> None:
+    assert ByClass("macro_f1", (1, 2), (2, 2), (2, 2)).low is None
+    assert (
+        ByClass("balanced_accuracy", (0, 0), (0, 0), (0, 0)).value,
+        ByClass.of("balanced_accuracy", [], [], 2).low,
+    ) == (
+        None,
+        None,
+    )
 
 
 def test_what_is_not_finite_counts_apart() -> None:
@@ -46,6 +73,7 @@ def test_a_score_is_written_under_its_metrics_names() -> None:
     found = Score(metrics, "f1")
     assert found.as_dict() == {
         "main": "f1",
+        "more_is_better": True,
         "count": 2,
         "not_finite": 0,
         "f1": 0.5,

@@ -15,11 +15,10 @@ CANDIDATES = (" terrible", " great")
 def pose(section: TaskSection, row: Row) -> Example:
     """The text exactly as it is, white space included."""
     candidates = CANDIDATES if section.candidates is None else own_candidates(section)
-    label = label_of(row, len(candidates))
     if has_mask(section.template):
-        return cloze_of(section, row, candidates, label)
-    template = TEMPLATE if section.template is None else section.template
-    return Example(fill(template, row), candidates, label)
+        return cloze_of(section, row, candidates, label_of(row, len(candidates)))
+    prompt = fill(TEMPLATE if section.template is None else section.template, row)
+    return Example(prompt, candidates, label_of(row, len(candidates)))
 
 
 TASK = Task.of_rows(
