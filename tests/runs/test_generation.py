@@ -58,7 +58,7 @@ def test_a_run_on_written_answers_leaves_what_every_run_does(
             assert low <= entry[name] <= high
     assert "zero-shot f1 on test: " in shown
     report = (recipe.directory / "report.md").read_text()
-    assert "| test split | f1 | 95% interval | exact_match | 95% interval | examples |" in report
+    assert "| test split | f1 | 95% interval | exact match | 95% interval | examples |" in report
     assert "![loss and f1]" in report
     lines = [json.loads(line) for line in (recipe.directory / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "dev_f1" in line and "dev_exact_match" in line] == [2, 4]
