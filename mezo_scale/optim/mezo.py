@@ -55,8 +55,7 @@ class MeZO(torch.optim.Optimizer):
         dtype: dtype of perturbed matrices (see `mezo_scale.perturbed`); None: the weights' own.
         paired: whether all branches of a batch run in one forward; None: checked at the first step.
         fingerprints: of what else the run depends on, name -> digest; an existing trajectory's must be the same.
-        estimator: where a step evaluates the loss, and what the losses say (see `mezo_scale.estimators`); None:
-            `Spsa`, two-sided.
+        estimator: where a step evaluates the loss, and what losses say (`mezo_scale.estimators`); None: `Spsa`.
         rule: how updates follow from what was measured (see `mezo_scale.rules`); None: `Sgd`.
         progress: called with (steps done, steps in all) while an existing trajectory is applied.
         hang_timeout: seconds that a step may wait for a rank that has not entered it or no longer answers, or ten times
@@ -178,15 +177,14 @@ class MeZO(torch.optim.Optimizer):
             batch: this rank's rows: a mapping of names to tensors and arrays with rows along dim 0, and to lists and
                 tuples of one entry per row; it may be nested. Ranks may have different numbers of rows.
             objective: ``fn(model, batch)`` -> losses of the rows it is given, [rows]; all branches run in one forward.
-            micro_batch: rows per forward and branch; None: all of them. Bounds activation memory, and costs one gather
-                each.
+            micro_batch: rows per forward and branch, a gather each, to bound activation memory; None: all of them.
 
         Returns:
             The mean loss over rows, ranks and branches; 0.0 if nothing was measured.
 
         - A loss that is not finite on any rank skips the step on all: recorded, nothing written, the next step goes on.
-        - The record is written before a weight changes; a process killed in between resumes with that step applied
-          once. It is on the disk soon after (see `mezo_scale.Trajectory`): ``opt.trajectory.sync()`` waits for that.
+        - The record is written before a weight changes, so a killed process resumes with that step applied once. It is
+          on the disk soon after: ``opt.trajectory.sync()`` waits for that.
         - A rank whose last record differs stops the run on all ranks with a `RankError` that names it.
         - An exception on one rank is raised there; the others raise a `RankError` that names it, and the step is taken
           on none. Those who wait for this rank's part of a weight, in the middle of a sharded model's forward, can't be
@@ -250,9 +248,8 @@ class MeZO(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, where the run stands, and under rounding "master" the low bits of the masters, as each parameter's
-        "remainder" (int16). The weights are the model's; a trajectory holds all of it, and is on the disk when this
-        returns."""
+        """torch's, where the run stands, and under rounding "master" the masters' low bits, each parameter's
+        "remainder" (int16). The weights are the model's; a trajectory holds all of it, on disk when this returns."""
         self._follow()
         self._publish()
         if self.trajectory is not None:

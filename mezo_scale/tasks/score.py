@@ -8,8 +8,26 @@ from typing import Any, ClassVar
 from mezo_scale import collectives
 
 
+class _Estimate:
+    """Something of which one is sure to within an interval."""
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95% interval; None where there is no value, and of what has none: macro_f1, losses."""
+        return self._interval[0] if self._interval else None
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95% interval; likewise."""
+        return self._interval[1] if self._interval else None
+
+    @property
+    def _interval(self) -> tuple[float, float] | None:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Metric:
+class Metric(_Estimate):
     """The mean of one quantity over rows. Metrics of different rows of a split add up.
 
     Attributes:
@@ -39,16 +57,6 @@ class Metric:
         return self.total / self.n
 
     @property
-    def low(self) -> float | None:
-        """Lower end of the 95% interval; None where nothing bounds the quantity, or there is no value."""
-        return self._interval[0] if self._interval else None
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95% interval; likewise."""
-        return self._interval[1] if self._interval else None
-
-    @property
     def _interval(self) -> tuple[float, float] | None:
         return wilson(self.total, self.n) if self.bounded and self.n else None
 
@@ -68,7 +76,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class ByClass:
+class ByClass(_Estimate):
     """A mean over classes, each counting alike, however many rows it has. Metrics of different rows of a split add up.
 
     macro_f1: of the classes' F1, 2 right / (found + there). balanced_accuracy: of the classes' recall, right / there.
@@ -111,16 +119,6 @@ class ByClass:
         else:
             values = [right / there for right, _, there in counts if there]
         return math.fsum(values) / len(values) if values else None
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the 95% interval; None where there is no value, and for macro_f1, of which none is as simple."""
-        return self._interval[0] if self._interval else None
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95% interval; likewise."""
-        return self._interval[1] if self._interval else None
 
     @property
     def _interval(self) -> tuple[float, float] | None:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
@@ -15,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from tests.support.material import THINGS, VERDICTS
+from tests.support.material import THINGS, VERDICTS, with_large_weights
 
 WORDS = "terrible bad okay good great Yes Maybe No Expression Entity Description Human Location Number It was"
 MARKS = ". , ? : -"
@@ -73,13 +72,7 @@ def build(name: str, seed: int = 0) -> Any:
         if name == "roberta"
         else BertConfig(vocab_size=size, max_position_embeddings=64, pad_token_id=0, **SIZES)
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForMaskedLM.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return with_large_weights(lambda: AutoModelForMaskedLM.from_config(config), seed)
 
 
 def write_model(name: str, folder: Path, seed: int = 0) -> Path:

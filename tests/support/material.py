@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,14 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(name: str, seed: int = 0) -> Any:
+    return with_large_weights(lambda: AutoModelForCausalLM.from_config(CONFIGS[name]), seed)
+
+
+def with_large_weights(make: Callable[[], Any], seed: int) -> Any:
     """A model with weights large enough that its answers differ from row to row."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+        model = make().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
