@@ -54,3 +54,8 @@ class SharedError(MezoError):
 
 class NotFiniteError(SharedError):
     """Scores or losses that are not finite: nothing can be graded or learned from them. All ranks sum them up alike."""
+
+
+def one_line(error: BaseException, characters: int = 300) -> str:
+    """What somebody else's error says, for a message of ours; its type if it says nothing."""
+    return " ".join(str(error).split())[:characters] or type(error).__name__

@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from mezo_scale import collectives
-from mezo_scale.errors import MezoError, ModelError, RecipeError
+from mezo_scale.errors import MezoError, ModelError, RecipeError, one_line
 from mezo_scale.models import prefix
 from mezo_scale.recipe import TuneSection
 from mezo_scale.sharding.fingerprint import local_hash
@@ -67,7 +67,7 @@ def _config(kind: str, fields: Mapping[str, Any], base: str) -> Any:
     try:
         return kinds[kind](**{"base_model_name_or_path": base, **fields, "task_type": "CAUSAL_LM"})
     except Exception as error:  # each method checks its fields in a way of its own
-        raise RecipeError(f"tune.peft: {kind} does not take these fields ({_one_line(error)})") from None
+        raise RecipeError(f"tune.peft: {kind} does not take these fields ({one_line(error)})") from None
 
 
 def library() -> Any:
@@ -102,7 +102,7 @@ def inject_(model: nn.Module, config: Any, seed: int) -> None:
                 warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sees how weights lie, and says it has
                 peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=is_empty)
         except Exception as error:  # each method fails in a way of its own
-            raise RecipeError(f"tune: PEFT can't put {kind} into this model ({_one_line(error)})") from None
+            raise RecipeError(f"tune: PEFT can't put {kind} into this model ({one_line(error)})") from None
     model.eval()
 
 
@@ -209,7 +209,7 @@ def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         fields = dict(json.loads((folder / CONFIG_FILE).read_bytes()))
         tensors = load_file(folder / WEIGHTS_FILE)
     except Exception as error:  # safetensors has errors of its own
-        raise ModelError(f"the adapter {folder} can't be read ({_one_line(error)})") from None
+        raise ModelError(f"the adapter {folder} can't be read ({one_line(error)})") from None
     kind = str(fields.get("peft_type")).upper()
     fields = {name: value for name, value in fields.items() if name not in _OF_THE_FILE}
     mapping = {str(one.value): config for one, config in library().PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -252,7 +252,7 @@ def merged(model: Any, folder: Path) -> nn.Module:
         except MezoError:
             raise
         except Exception as error:  # a method that can't be merged says so in a way of its own
-            raise ModelError(f"{folder} is a {kind}, which can't be merged ({_one_line(error)})") from None
+            raise ModelError(f"{folder} is a {kind}, which can't be merged ({one_line(error)})") from None
         difference = (found(input_ids=probe).logits - apart).abs().max() / apart.abs().max()
     if not difference < _ROUNDING:
         raise ModelError(
@@ -274,7 +274,3 @@ def same_on_all_(model: nn.Module) -> None:
 def _nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     return close[0] if close else f"one of {', '.join(sorted(known))}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

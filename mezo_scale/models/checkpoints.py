@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from mezo_scale import noise
-from mezo_scale.errors import ModelError, RecipeError
+from mezo_scale.errors import ModelError, RecipeError, one_line
 from mezo_scale.models import heads
 from mezo_scale.models.shapes import config_of
 from mezo_scale.recipe import means_disk
@@ -48,7 +48,7 @@ def find(name: str) -> Any:
         config = None if adapter else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub's client has roots of its own
         what = "holds no checkpoint" if means_disk(name) else "is neither a folder nor a model that the hub gives"
-        raise RecipeError(f"model.name: {name} {what} ({_one_line(error)})") from None
+        raise RecipeError(f"model.name: {name} {what} ({one_line(error)})") from None
     if config is None:
         raise ModelError(
             f"model.name: {name} holds an adapter ({ADAPTER_CONFIG_NAME}): to tune it further, set model.name to its "
@@ -98,7 +98,7 @@ def _weight_files(name: str, entry: Any) -> Iterator[Any]:
     try:
         yield from set(json.loads(path.read_bytes())["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise ModelError(f"model.name: {path} is no index of weights ({_one_line(error)})") from None
+        raise ModelError(f"model.name: {path} is no index of weights ({one_line(error)})") from None
 
 
 def _file(name: str, file: str) -> Path | None:
@@ -117,7 +117,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything here
-        raise ModelError(f"model.name: the tokenizer of {name} can't be read ({_one_line(error)})") from None
+        raise ModelError(f"model.name: the tokenizer of {name} can't be read ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:  # never looked at: padding is masked
         tokenizer.pad_token_id = tokenizer.eos_token_id or 0
     return tokenizer
@@ -141,7 +141,7 @@ def read(name: str, dtype: torch.dtype, **kwargs: Any) -> nn.Module:
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
     except Exception as error:  # safetensors and transformers raise anything here
-        raise ModelError(f"model.name: {name} can't be read ({_one_line(error)})") from None
+        raise ModelError(f"model.name: {name} can't be read ({one_line(error)})") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -164,7 +164,3 @@ def randomise_(model: nn.Module) -> None:
             if shard.decayed:
                 noise.write_(local, shard.runs, shard.param_id, [[_SEED]], [[deviation]], [1.0])
     layout.refresh()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mezo_scale.errors import ModelError, RecipeError
+from mezo_scale.errors import ModelError, RecipeError, one_line
 from mezo_scale.models import heads
 from mezo_scale.recipe import means_disk
 
@@ -185,9 +185,8 @@ def _read(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path if means_disk(name) else name, trust_remote_code=False)
     except Exception as error:  # the hub's client has roots of its own
-        text = " ".join(str(error).split())[:120] or type(error).__name__
         raise RecipeError(
-            f"{name} is no model that is known here or that the hub gives ({text}): expected {_known()}"
+            f"{name} is no model that is known here or that the hub gives ({one_line(error, 120)}): expected {_known()}"
         ) from None
 
 

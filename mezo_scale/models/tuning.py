@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mezo_scale.distributed.world import World
-from mezo_scale.errors import ModelError, RecipeError, SharedError
+from mezo_scale.errors import ModelError, RecipeError, SharedError, one_line
 from mezo_scale.models import adapters, checkpoints, prefix
 from mezo_scale.models.shapes import skeleton
 from mezo_scale.recipe import Recipe, TuneSection
@@ -178,5 +178,6 @@ def _check_call(model: nn.Module, world: World) -> None:
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # a method may ask for arguments of its own
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise SharedError(f"tune: with this adapter the model can't be called as a task does ({said})") from None
+        raise SharedError(
+            f"tune: with this adapter the model can't be called as a task does ({one_line(error)})"
+        ) from None
