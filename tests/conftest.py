@@ -4,6 +4,7 @@ Lanes are markers, and which one a test is in follows from the fixture that it a
 `launch` (real launchers as subprocesses), `slurm` (a real SLURM cluster), `real` (pretrained weights).
 """
 
+import gc
 import os
 import pathlib
 
@@ -40,3 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = next((place for place, name in enumerate(SLOW_FIRST) if item.get_closest_marker(name)), len(SLOW_FIRST))
         slow[item.path] = min(slow.get(item.path, place), place)
     items.sort(key=lambda item: slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a collection, of which sessions make many, need not walk it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind takes what is never collected for leaks, and says so

@@ -1,7 +1,10 @@
 """Arguments and options that several commands take, and what they do before they begin."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +47,16 @@ def launch(processes: int | None) -> None:
         raise LaunchError(f"--processes is {processes}, but {found.name} started {found.world_size}: leave it out")
     if found.rank == 0:
         typer.echo(str(found))
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For the imports of a command: what modules make stays, and to search it takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def console() -> "Console":

@@ -7,7 +7,7 @@ import typer
 
 from mezo_scale import recipe as recipes
 from mezo_scale.cli.app import app
-from mezo_scale.cli.arguments import Overrides, Processes, Source, Until, is_first_rank, launch
+from mezo_scale.cli.arguments import Overrides, Processes, Source, Until, is_first_rank, launch, loading
 
 
 class Split(StrEnum):
@@ -29,8 +29,9 @@ def evaluate(
     """Measure the score of a recipe's model, or of a run's after its last step (or --until another)."""
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
-    from mezo_scale.models.checkpoints import silence_transformers
-    from mezo_scale.runs.evaluate import evaluate_recipe
+    with loading():
+        from mezo_scale.models.checkpoints import silence_transformers
+        from mezo_scale.runs.evaluate import evaluate_recipe
 
     silence_transformers()
 

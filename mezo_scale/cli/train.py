@@ -7,7 +7,7 @@ import typer
 
 from mezo_scale import recipe as recipes
 from mezo_scale.cli.app import app
-from mezo_scale.cli.arguments import Overrides, Processes, Source, launch
+from mezo_scale.cli.arguments import Overrides, Processes, Source, launch, loading
 from mezo_scale.distributed.signals import end_at_once_when_signalled
 
 
@@ -46,8 +46,9 @@ def train(
     end_at_once_when_signalled()
     parsed = recipes.load(recipe, overrides or ())
     launch(processes)
-    from mezo_scale.models.checkpoints import silence_transformers
-    from mezo_scale.runs.session import train as run  # seconds to import
+    with loading():  # seconds
+        from mezo_scale.models.checkpoints import silence_transformers
+        from mezo_scale.runs.session import train as run
 
     silence_transformers()
 

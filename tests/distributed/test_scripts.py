@@ -8,6 +8,9 @@ import subprocess
 
 import pytest
 
+from mezo_scale.recipe import load
+from mezo_scale.runs.session import train
+from mezo_scale.runs.verify import verify
 from mezo_scale.trajectory import Trajectory
 from tests.support import workload
 from tests.support.launch import ROOT, Launch
@@ -30,11 +33,7 @@ def free_port() -> str:
 @pytest.fixture(scope="module")
 def alone(recipe: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("alone")
-    launch = Launch(folder)
-    finished = launch("mezo-scale", "train", recipe, "sharding.strategy=single", f"output.dir={folder / 'run'}")
-    launch.close()
-    assert finished.code == 0, finished.output
-    assert "started alone: one process" in finished.output
+    train(load(recipe, ["sharding.strategy=single", f"output.dir={folder / 'run'}"]))
     return losses(folder / "run")
 
 
@@ -67,6 +66,10 @@ def test_a_launch_script_trains(
     assert finished.code == 0, finished.output
     assert f"started by {launcher}: 2 processes, rendezvous at " in finished.output
     assert losses(run) == pytest.approx(alone, rel=1e-3)
+    assert "Warning" not in finished.output
+    assert finished.output.count("continue this run: ") == 1
+    # The saved checkpoint is what one process gets from the trajectory alone, bit for bit.
+    assert len(list(verify(load(run)))) == 3
 
 
 def test_mezo_scale_starts_ranks_by_itself(
@@ -92,8 +95,7 @@ def test_a_signal_to_the_launcher_ends_the_step_and_the_run_goes_on(
     assert "stopped by SIGUSR1 after step " in finished.output
     assert (run / "interrupted.json").is_file()
     before = losses(run)
-    again = launch(*command, f"train.steps={len(before) + 2}", env={"PROCESSES": "2"})
-    assert again.code == 0, again.output
+    train(load(run, [f"train.steps={len(before) + 2}", "sharding.strategy=single"]))
     assert losses(run)[: len(before)] == before
     assert len(losses(run)) == len(before) + 2
     assert not (run / "interrupted.json").exists()

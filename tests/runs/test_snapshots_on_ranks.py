@@ -51,6 +51,17 @@ def test_a_run_moves_from_strategy_to_strategy_by_its_snapshots(
     assert all("bit for bit" in line for line in lines[2:])
 
 
+def test_without_snapshots_the_log_is_enough(ranks: Ranks, recipe_file: Path, tmp_path: Path) -> None:
+    sessions = [(2, "fsdp2"), (3, "single"), (2, "zero3"), (4, "hsdp")]
+    for number, (size, strategy) in enumerate(sessions):
+        overrides = [f"strategy={strategy}", f"steps={2 * number + 2}", "snapshot_every=0", "train.batch_size=7"]
+        if strategy == "hsdp":
+            overrides.append("replicate=2")
+        shown = ranks(size, go_on, recipe=str(recipe_file), overrides=overrides, done=2 * number)[0]
+        assert not number or f"continuing {tmp_path / 'run'}: {2 * number} steps are replayed, 2 are left" in shown
+    assert len(list(verify(load(tmp_path / "run")))) == 3
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_sharded_a_run_that_goes_on_from_a_snapshot_has_the_bits_of_one_that_never_stopped(
     ranks: Ranks, recipe_file: Path, tmp_path: Path, strategy: str

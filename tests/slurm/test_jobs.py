@@ -49,19 +49,16 @@ def undisturbed(cluster: Cluster, recipe: pathlib.Path) -> pathlib.Path:
     run = cluster.folder / "undisturbed"
     job = cluster.submit(recipe, "--nodes", "2", LONG, f"output.dir={run}")
     assert cluster.wait(job) == ["COMPLETED"], output(run)
+    assert f"SLURM job {job}" in output(run)
     return run
 
 
-def test_two_nodes_train_over_fsdp2(cluster: Cluster, recipe: pathlib.Path, alone: list[float]) -> None:
-    run = cluster.folder / "fsdp2"
-    job = cluster.submit(recipe, "--nodes", "2", f"output.dir={run}")
-    assert cluster.wait(job) == ["COMPLETED"], output(run)
-    said = output(run)
+def test_two_nodes_train_over_fsdp2(cluster: Cluster, undisturbed: pathlib.Path, alone: list[float]) -> None:
+    said = output(undisturbed)
     assert "started by torchrun: 2 processes on 2 nodes, rendezvous at node1:" in said
-    assert f"SLURM job {job}" in said
     assert [line.split()[1] for line in said.splitlines() if "1 x cpu" in line] == ["node1", "node2"]
-    assert losses(run) == pytest.approx(alone, rel=1e-3)
-    assert "finished" in cluster.run("mezo-scale", "status", run).stdout
+    assert losses(undisturbed)[: len(alone)] == pytest.approx(alone, rel=1e-3)
+    assert "finished" in cluster.run("mezo-scale", "status", undisturbed).stdout
 
 
 def test_two_nodes_train_over_zero3_with_the_deepspeed_launcher(
@@ -105,13 +102,6 @@ def test_two_nodes_train_with_deepspeed_over_a_hostfile(
         "srun", "--nodelist=node1", *command, HOSTFILE=str(hosts), PORT="29611", MASTER_ADDR="node1"
     ).stdout
     assert "started by deepspeed: 2 processes on 2 nodes" in said
-    assert losses(run) == pytest.approx(alone, rel=1e-3)
-
-
-def test_srun_starts_the_ranks_itself(cluster: Cluster, recipe: pathlib.Path, alone: list[float]) -> None:
-    run = cluster.folder / "srun"
-    said = cluster.run("srun", "--nodes=2", "--ntasks=2", "mezo-scale", "train", recipe, f"output.dir={run}").stdout
-    assert "started by srun: 2 processes on 2 nodes, rendezvous at node1:" in said
     assert losses(run) == pytest.approx(alone, rel=1e-3)
 
 
@@ -173,13 +163,13 @@ def test_a_cancelled_run_stays_cancelled(cluster: Cluster, recipe: pathlib.Path)
     assert cluster.states(job) == ["CANCELLED"]
 
 
-def test_an_array_runs_three_seeds(cluster: Cluster, recipe: pathlib.Path) -> None:
+def test_an_array_runs_a_seed_each(cluster: Cluster, recipe: pathlib.Path) -> None:
     run = cluster.folder / "sweep"
-    job = cluster.submit(recipe, "--array", "optimizer.seed=13,21,42", f"output.dir={run}")
+    job = cluster.submit(recipe, "--array", "optimizer.seed=13,42", f"output.dir={run}")
     assert set(cluster.wait(job)) == {"COMPLETED"}, output(run)
-    assert len({tuple(losses(run / f"seed-{seed}")) for seed in (13, 21, 42)}) == 3
+    assert losses(run / "seed-13") != losses(run / "seed-42")
     status = cluster.run("mezo-scale", "status", run).stdout
-    assert status.count("finished") == 3
+    assert status.count("finished") == 2
     assert "seed-42" in status
 
 
@@ -246,7 +236,7 @@ def test_a_port_that_an_earlier_run_still_holds_is_named(cluster: Cluster, recip
     assert "node1: port 29800 is taken, by an earlier run perhaps" in failed.stdout
 
 
-def test_a_host_name_that_means_loopback_does_not_hide_a_node(
+def test_srun_starts_the_ranks_itself_even_where_a_host_name_means_loopback(
     cluster: Cluster, recipe: pathlib.Path, alone: list[float]
 ) -> None:
     """Debian maps a machine's own name to 127.0.1.1: gloo would offer that address to the other nodes."""
@@ -257,7 +247,8 @@ def test_a_host_name_that_means_loopback_does_not_hide_a_node(
         'exec mezo-scale train "$@"'
     )
     command = ("srun", "--nodes=2", "--ntasks=2", "unshare", "--mount", "bash", "-c", script, "bash")
-    cluster.run(*command, recipe, f"output.dir={run}")
+    said = cluster.run(*command, recipe, f"output.dir={run}").stdout
+    assert "started by srun: 2 processes on 2 nodes, rendezvous at node1:" in said
     assert losses(run) == pytest.approx(alone, rel=1e-3)
 
 
