@@ -8,8 +8,8 @@
 
 A case is right if the command that was given at first, given again until it ends with 0 and at most four times, leaves
 what an undisturbed run leaves: the bits of the checkpoint, the records of the log (run id and chain values are each
-run's own), the results, and no file besides. "single" forks a warm process; "fsdp2" and "ddp" are two ranks under
-torchrun. Rows are appended to tools/results/crash_campaign.jsonl, and a campaign that was stopped goes on.
+run's own), the results, and no file besides. "single" is one process; "fsdp2" and "ddp" are two ranks under torchrun's
+agent. Rows are appended to tools/results/crash_campaign.jsonl, and a campaign that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sessions of a run as a user starts them, which end by themselves, or are killed from outside or at a failpoint.
 
-A session of one process is forked from this one, which has imported everything: it costs a second. One of two ranks is
-started by torchrun.
+All processes are forked from this one, which has imported everything: so a session of one process costs a second, and
+one of two ranks, under torchrun's agent, three.
 """
 
 from __future__ import annotations
@@ -54,29 +54,15 @@ class Sessions:
         arguments = ["train", self.recipe, f"output.dir={run}", f"sharding.strategy={layout}", *SETTINGS, steps]
         arguments = [argument for argument in arguments if argument]
         environment = {VARIABLE: failpoint, EVIDENCE: str(run) + ".hit"}
-        start = self._forked if layout == "single" else self._launched
-        process = start(arguments, log, environment)
+        process = self._forked(layout, arguments, log, environment)
         try:
-            code = _ended(process, **ending)
+            code = _ended(process, log, **ending)
         finally:  # a campaign that is stopped leaves nothing behind: ranks end with their launcher
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         return code, log.read_text(errors="replace")
 
-    def _launched(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        with log.open("wb") as output:
-            return psutil.Popen(
-                [*launcher, "-m", "tools.failpoints", *arguments],
-                cwd=ROOT,
-                env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def _forked(self, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
+    def _forked(self, layout: str, arguments: list[str], log: Path, environment: dict[str, str]) -> psutil.Process:
         if not self.warm:
             _import_everything()
             self.warm = True
@@ -88,11 +74,40 @@ class Sessions:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            os.environ |= environment
+            os.environ |= ENVIRONMENT | environment
             sys.argv = ["mezo-scale", *arguments]
-            code = _main()
+            code = _main() if layout == "single" else _with_agent(str(log))
         finally:
             os._exit(code)
+
+
+def _with_agent(log: str) -> int:
+    """Two ranks under torchrun's agent, as `torchrun --standalone --nproc-per-node 2` starts them, but forked."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, _rank)(log)
+    except ChildFailedError:
+        return 1
+    return 0
+
+
+def _rank(log: str) -> None:
+    Path(f"{log}.rank{os.environ['RANK']}").write_text(str(os.getpid()))
+    if code := _main():
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _import_everything() -> None:
@@ -123,13 +138,15 @@ def _main() -> int:
     return 0
 
 
-def _ended(process: psutil.Process, *, after_s: float | None = None, who: str = "0", limit_s: float = LIMIT_S) -> Any:
+def _ended(
+    process: psutil.Process, log: Path, *, after_s: float | None = None, who: str = "0", limit_s: float = LIMIT_S
+) -> Any:
     """The exit code. A process is killed after `after_s` seconds; after `limit_s` the launcher, whose ranks then go."""
     began = time.monotonic()
     if after_s is not None:
         with contextlib.suppress(psutil.TimeoutExpired):
             return process.wait(after_s)
-        for one in _chosen(process, who):
+        for one in _chosen(process, log, who):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
     family = _family(process)
@@ -152,15 +169,11 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _chosen(process: psutil.Process, who: str) -> list[psutil.Process]:
+def _chosen(process: psutil.Process, log: Path, who: str) -> list[psutil.Process]:
     family = _family(process)
     if who == "launcher" or not family:
         return [process]
     if who == "all":
         return [process, *family]
-    found = []
-    for one in family:
-        with contextlib.suppress(psutil.Error):
-            if one.environ().get("RANK") == who:
-                found.append(one)
-    return found or [process]
+    path = Path(f"{log}.rank{who}")
+    return [one for one in family if path.exists() and path.read_text() == str(one.pid)] or [process]

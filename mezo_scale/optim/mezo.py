@@ -18,9 +18,9 @@ from mezo_scale.optim.batch import Batch
 from mezo_scale.optim.heartbeat import Heartbeat
 from mezo_scale.optim.losses import Evaluator, Objective, Work
 from mezo_scale.optim.measurement import Measurement, check_rows
-from mezo_scale.optim.opening import Start, take_up_
+from mezo_scale.optim.opening import take_up_
 from mezo_scale.optim.reads import Reads
-from mezo_scale.optim.replay import Progress, describe, manifest
+from mezo_scale.optim.replay import Progress, Start, describe, manifest
 from mezo_scale.optim.rules import Measured
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View

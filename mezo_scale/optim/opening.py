@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from mezo_scale import collectives
 from mezo_scale.errors import TrajectoryError
-from mezo_scale.optim.replay import Progress, apply_all_
+from mezo_scale.optim.replay import Progress, Start, apply_all_
 from mezo_scale.optim.update import Writer
 from mezo_scale.sharding.fingerprint import fingerprint
 from mezo_scale.trajectory import Header, Trajectory
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run stood when the weights were saved that a model holds in the place of the base weights.
-
-    Attributes:
-        step: steps that are in them, of those in the run's trajectory.
-        chain: the trajectory's chain value behind these steps: no other run, and no other past of this one, has it.
-        digest: the `fingerprint` of the tuned weights and their low bits.
-        low_bits: under rounding "master" the low halves of this rank's bfloat16 elements, int16 by shard name.
-    """
-
-    step: int
-    chain: str
-    digest: str
-    low_bits: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def check_log(self, trajectory: Trajectory, where: str) -> None:
-        """Raise a TrajectoryError if the weights are not of this run, or of steps that it no longer has."""
-        if self.step > len(trajectory):
-            raise TrajectoryError(
-                f"{where} has {len(trajectory)} steps, but the weights were saved after {self.step}: restore the file "
-                "from a copy, or start from the base model"
-            )
-        if trajectory.chain(self.step) != self.chain:
-            raise TrajectoryError(
-                f"{where} is not the log that the weights were saved with after step {self.step}: start from the base "
-                "model, or give the run's own log"
-            )
 
 
 def take_up_(

@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import TrajectoryError
@@ -26,12 +27,43 @@ Progress = Callable[[int, int], None]
 _CHUNK = 32  # steps per sweep: between two of them progress is shown
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run stood when the weights were saved that a model holds in the place of the base weights.
+
+    Attributes:
+        step: steps that are in them, of those in the run's trajectory.
+        chain: the trajectory's chain value behind these steps: no other run, and no other past of this one, has it.
+        digest: the `fingerprint` of the tuned weights and their low bits.
+        low_bits: under rounding "master" the low halves of this rank's bfloat16 elements, int16 by shard name.
+    """
+
+    step: int
+    chain: str
+    digest: str
+    low_bits: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def check_log(self, trajectory: Trajectory, where: str) -> None:
+        """Raise a TrajectoryError if the weights are not of this run, or of steps that it no longer has."""
+        if self.step > len(trajectory):
+            raise TrajectoryError(
+                f"{where} has {len(trajectory)} steps, but the weights were saved after {self.step}: restore the file "
+                "from a copy, or start from the base model"
+            )
+        if trajectory.chain(self.step) != self.chain:
+            raise TrajectoryError(
+                f"{where} is not the log that the weights were saved with after step {self.step}: start from the base "
+                "model, or give the run's own log"
+            )
+
+
 def replay(
     model: nn.Module,
     trajectory: str | os.PathLike[str] | Trajectory,
     until: int | None = None,
     *,
     progress: Progress | None = None,
+    start: Start | None = None,
 ) -> int:
     """Bring a base model's weights to where a run left them; bit-identical in every layout and world size.
 
@@ -40,34 +72,41 @@ def replay(
         trajectory: the run's, or the path of its file (read by rank 0 only).
         until: apply the steps before this one; None: all.
         progress: called with (steps done, steps in all) every few steps.
+        start: where the run stood whose weights the model holds; None: it holds the base weights.
 
     Returns:
-        The number of steps applied.
+        The number of steps that are in the weights.
 
     Raises:
         TrajectoryError: damaged, or of another model, other base weights or another noise version.
     """
     if not isinstance(trajectory, Trajectory):
         trajectory = load(trajectory)
-    return Replay(model, trajectory).to(len(trajectory) if until is None else until, progress=progress)
+    return Replay(model, trajectory, start).to(len(trajectory) if until is None else until, progress=progress)
 
 
 class Replay:
-    """A base model on its way through a run. Arguments and errors as of `replay`.
+    """A model on its way through a run. Arguments and errors as of `replay`.
 
     Attributes:
-        step: steps applied so far.
+        step: steps that are in the weights.
     """
 
-    def __init__(self, model: nn.Module, trajectory: Trajectory) -> None:
+    def __init__(self, model: nn.Module, trajectory: Trajectory, start: Start | None = None) -> None:
         header = trajectory.header
         layout = discover(model)
         groups = {name: group for name, _, _, group, _ in header.manifest}
         self._writer = Writer(layout, groups, rounding=header.rounding, noise=_noise_of(header))
         self._trajectory = trajectory
         self.step = 0
+        if start is not None:
+            start.check_log(trajectory, "the trajectory")
+            self._writer.take_low_bits_(start.low_bits)
+            self.step = start.step
         numbers = (header.num_directions, header.num_groups, header.seed, header.eps)
         here = describe(model, self._writer, *numbers, estimator=header.estimator, rule=header.rule)
+        if start is not None:
+            here = replace(here, fingerprint=header.fingerprint)  # the base weights are not here to be asked
         header.check_same(here, "the trajectory")
 
     def to(self, step: int, *, progress: Progress | None = None) -> int:

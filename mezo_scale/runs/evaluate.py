@@ -15,8 +15,9 @@ from mezo_scale.distributed.memory import keep_memory_steady
 from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import NotFiniteError, RecipeError
 from mezo_scale.models import Loaded
-from mezo_scale.optim.replay import replay
+from mezo_scale.optim.replay import Start, replay
 from mezo_scale.recipe import Recipe
+from mezo_scale.runs import snapshots
 from mezo_scale.runs.beginning import take_up_adapter_
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
@@ -90,23 +91,25 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Scor
                 run.read_log()  # steps that were taken and are lost must not be graded as if they had not been
         splits.check_same(world)
         check_same_reward(kind, world)
-        loaded = models.load(recipe, world)
+        screen = Screen(world)
+        loaded, start = snapshots.load(recipe, world, run, screen, until)
         take_up_adapter_(loaded.model, run)
         check_model(loaded, kind, splits.test, recipe)
-        screen = Screen(world)
-        steps = replay_if_begun(loaded.model, run.trajectory, until, screen)
+        steps = replay_if_begun(loaded.model, run.trajectory, until, screen, start)
         with screen.counting(f"evaluating ({split})") as progress:
             found = evaluate(loaded, kind, getattr(splits, split), recipe.train.eval_batch, progress)
     return found, steps
 
 
-def replay_if_begun(model: nn.Module, trajectory: Path, until: int | None, screen: Screen) -> int:
-    """Replays a run on its base model, if rank 0 sees its trajectory: the others may not see the folder at all.
+def replay_if_begun(
+    model: nn.Module, trajectory: Path, until: int | None, screen: Screen, start: Start | None = None
+) -> int:
+    """Replays a run, if rank 0 sees its trajectory: the others may not see the folder at all.
 
-    Every rank calls it. Returns the steps applied, on all ranks.
+    Every rank calls it. Returns the steps that are in the weights, on all ranks.
     """
     begun = collectives.max_integer(int(collectives.rank() == 0 and trajectory.is_file()))
     if not begun or until == 0:
         return 0
-    with screen.counting("replaying") as progress:
-        return replay(model, trajectory, until, progress=progress)
+    with screen.counting("replaying", "steps") as progress:
+        return replay(model, trajectory, until, progress=progress, start=start)

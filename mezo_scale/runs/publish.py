@@ -37,7 +37,7 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None, adapter: 
     tokenizer = checkpoints.load_tokenizer(base)
     model = begun(base, records, beside if adapter is None and beside.is_dir() else adapter)
     screen = Screen(world)
-    with screen.counting("replaying") as progress:
+    with screen.counting("replaying", "steps") as progress:
         steps = replay(model, records, until, progress=progress)
     save.write(model, tokenizer, out)
     return steps

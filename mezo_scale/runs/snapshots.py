@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from mezo_scale import collectives, models
+from mezo_scale import recipe as recipes
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import SharedError, TrajectoryError
 from mezo_scale.models import Loaded, adapters, checkpoints, low_bits, save, tuning
 from mezo_scale.optim.mezo import MeZO
-from mezo_scale.optim.opening import Start
-from mezo_scale.optim.replay import Replay
+from mezo_scale.optim.replay import Replay, Start
 from mezo_scale.optim.update import low_bits_of
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.console import Screen
@@ -173,12 +173,21 @@ def _by_step(run: RunDirectory) -> dict[int, Path]:
     return {int(match[1]): path for match, path in named if match}
 
 
-def load(recipe: Recipe, world: World, run: RunDirectory, screen: Screen) -> tuple[Loaded, Start | None]:
+def load(
+    recipe: Recipe, world: World, run: RunDirectory, screen: Screen, until: int | None = None
+) -> tuple[Loaded, Start | None]:
     """The model at the run's newest good snapshot, and where that is; without one the base model, and None.
 
     Every rank calls it. Of each snapshot that is passed over a line says why. Errors as of `models.load`.
+
+    Args:
+        until: the last step that may be in it; None: any.
     """
-    for found in json.loads(collectives.from_first_rank(lambda: json.dumps(_candidates(run, screen)).encode())):
+
+    def candidates() -> bytes:
+        return json.dumps(_candidates(recipe, run, screen, until)).encode()
+
+    for found in json.loads(collectives.from_first_rank(candidates)):
         about = Snapshot.model_validate_json(found)
         folder = run.snapshots / f"step-{about.step}"
         loaded = models.load(recipe, world, folder)
@@ -224,11 +233,13 @@ def check_all(run: RunDirectory, replay: Replay, log: Trajectory, steps: range) 
         yield f"{folder}: bit for bit what {step} replayed steps give"
 
 
-def _candidates(run: RunDirectory, screen: Screen) -> list[str]:
+def _candidates(recipe: Recipe, run: RunDirectory, screen: Screen, until: int | None) -> list[str]:
     """The snapshots that may be gone on from, the newest first, as JSON each: all but their weights is checked."""
-    by_step = _by_step(run)
+    by_step = {step: path for step, path in _by_step(run).items() if until is None or step <= until}
     if not by_step or not run.trajectory.is_file() or "zero_shot" not in run.read_evaluation():
         return []  # without a grade of the base model that has to be read
+    if run.recipe.is_file() and recipes.load(run.path).model.name != recipe.model.name:
+        return []  # whether it is the run's base model has to be asked of its weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a torn end somebody else speaks
         log = Trajectory.open(run.trajectory)

@@ -57,7 +57,7 @@ def _check_checkpoint(run: RunDirectory, model: nn.Module, replay: Replay, step:
 
 
 def _replay(replay: Replay, step: int) -> None:
-    with Screen(World.from_environment()).counting("replaying") as progress:
+    with Screen(World.from_environment()).counting("replaying", "steps") as progress:
         replay.to(step, progress=progress)
 
 

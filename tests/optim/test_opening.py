@@ -10,7 +10,7 @@ from torch import nn
 
 import mezo_scale as ms
 from mezo_scale.errors import ShardingError, TrajectoryError
-from mezo_scale.optim.opening import Start
+from mezo_scale.optim.replay import Start
 from mezo_scale.sharding.fingerprint import fingerprint
 from tests.support import models
 

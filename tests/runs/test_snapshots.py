@@ -14,16 +14,18 @@ from transformers import AutoModelForCausalLM
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, TrajectoryError
 from mezo_scale.models import save, stream
-from mezo_scale.optim.opening import Start
+from mezo_scale.optim.replay import Start
 from mezo_scale.recipe import Recipe, load
 from mezo_scale.runs import snapshots
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.runs.evaluate import evaluate_recipe
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
 from mezo_scale.trajectory import Trajectory
 from tests.models.test_save import NO_SPACE
 from tests.runs.test_session import metrics, same, weights
+from tests.support import material
 
 MakeRecipe = Callable[..., Recipe]
 EVERY_2 = ("snapshot_every=2", "eval_every=0")
@@ -78,6 +80,30 @@ def test_a_damaged_snapshot_takes_the_place_of_no_good_one(make_recipe: MakeReci
     (recipe.directory / "snapshots" / "step-4" / "config.json").write_text("{}")
     train(load(recipe.directory, ["steps=6"]))
     assert names(recipe.directory) == ["step-2", "step-6"]
+
+
+@pytest.mark.parametrize("options", [(), ("model.dtype=bfloat16", "rounding=master")])
+def test_an_evaluation_begins_at_the_newest_snapshot_that_is_not_too_late(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    recipe = make_recipe(*EVERY_2, *options, "steps=7", "keep_snapshots=3")
+    train(recipe)
+    bare = shutil.copytree(recipe.directory, tmp_path / "bare")
+    shutil.rmtree(bare / "snapshots")
+    for until, steps, replayed in ((None, 7, 1), (6, 6, 0), (5, 5, 1), (1, 1, 1)):
+        from_base = evaluate_recipe(load(bare), "test", until)
+        assert f"replaying: {steps}/{steps}, " in capsys.readouterr().out
+        assert evaluate_recipe(load(recipe.directory), "test", until) == from_base
+        shown = capsys.readouterr().out
+        assert f"replaying: {replayed}/{replayed}, " in shown if replayed else "replaying" not in shown
+
+
+def test_an_evaluation_on_another_base_model_takes_no_snapshot(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(*EVERY_2, "steps=3")
+    train(recipe)
+    material.write_model("llama", tmp_path / "other", seed=1)
+    with pytest.raises(TrajectoryError, match="fingerprint"):
+        evaluate_recipe(load(recipe.directory, [f"model.name={tmp_path / 'other'}"]), "test", None)
 
 
 def truncated(folder: Path) -> None:
