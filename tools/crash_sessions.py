@@ -46,7 +46,10 @@ class Sessions:
     def __init__(self, work: Path) -> None:
         self.work, self.number, self.warm = work, 0, False
         made = [sys.executable, "-m", "tests.support.workload", str(work)]
-        self.recipe = subprocess.run(made, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        said = subprocess.run(
+            made, cwd=ROOT, env=os.environ | ENVIRONMENT, check=True, capture_output=True, text=True
+        ).stdout
+        self.recipe = said.strip()
 
     def __call__(self, layout: str, run: Path, *, failpoint: str = "", steps: str = "", **ending: Any) -> Any:
         self.number += 1

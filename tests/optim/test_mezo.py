@@ -300,7 +300,7 @@ def test_biases_and_normalisation_weights_are_exempt_from_decay_by_type() -> Non
     assert exempt == right
 
 
-def test_a_thousand_steps_take_no_more_memory_than_twenty() -> None:
+def test_four_hundred_steps_take_no_more_memory_than_twenty() -> None:
     optimizer = ms.MeZO(models.build("llama"), lr=1e-6)
 
     def steps(count: int) -> tuple[int, int]:
@@ -313,9 +313,9 @@ def test_a_thousand_steps_take_no_more_memory_than_twenty() -> None:
 
     steps(20)
     tensors, held = steps(20)
-    after = steps(1000)
+    after = steps(400)
     assert after[0] == tensors
-    assert after[1] - held < 2**23  # the heap may still settle; 8 KiB kept in each step would be seen
+    assert after[1] - held < 2**22  # the heap may still settle; 10 KiB kept in each step would be seen
 
 
 def test_a_model_that_accelerate_offloads_is_refused_with_the_way_out() -> None:
