@@ -14,6 +14,7 @@ from mezo_scale.cli import (  # noqa: F401  registers them
     init,
     merge,
     plan,
+    push,
     recipe,
     replay,
     runs,

@@ -52,7 +52,7 @@ def write(
     """
     root: Any = next(module for _, module in modules(model))
     if adapters.config_in(root) is not None:
-        _on_first(directory, lambda: _write_adapter(root, directory))
+        _on_first(directory, lambda: _write_adapter(root, directory, seal))
         return
     shards, tied = stored(model)
     gather = Gather(shards)
@@ -120,11 +120,13 @@ def _write(files: WeightFiles, piece: Piece, root: Any, whole: dict[str, Tensor 
     return None
 
 
-def _write_adapter(root: Any, directory: Path) -> None:
+def _write_adapter(root: Any, directory: Path, seal: Callable[[Path], None] | None) -> None:
     beside = directory.with_name(directory.name + ".partial")
     _make_room(directory, beside)
     try:
         adapters.write(root, beside)
+        if seal is not None:
+            seal(beside)
         _put_in_place(directory, beside)
     except SafetensorError as error:  # of the system's errors, too
         raise OSError(None, str(error)) from None

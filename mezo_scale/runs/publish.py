@@ -1,14 +1,17 @@
-"""From a base model and a trajectory, or an adapter, to an ordinary checkpoint."""
+"""From a base model and a trajectory, or an adapter, to an ordinary checkpoint; and from there to the hub."""
 
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, get_token
 
+from mezo_scale import recipe as recipes
 from mezo_scale.distributed.world import World
-from mezo_scale.errors import RecipeError
+from mezo_scale.errors import MezoError, RecipeError, one_line
 from mezo_scale.models import adapters, checkpoints, save
 from mezo_scale.optim.replay import replay
 from mezo_scale.runs.beginning import begun
+from mezo_scale.runs.card import CARD, add_licence
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import ADAPTER_INIT, RunDirectory
 from mezo_scale.trajectory import Trajectory
@@ -52,6 +55,35 @@ def export(directory: Path, out: Path) -> tuple[int, int]:
     run = RunDirectory(directory)
     records = run.read_log()
     return len(records), records.export(out)
+
+
+def push(directory: Path, repo: str, *, private: bool) -> str:
+    """Uploads the checkpoint of a finished run to the hub, with its card and its log. Returns its address.
+
+    Args:
+        repo: its name there, `owner/name`; made if it is not there.
+        private: whether one that is made is seen by its owner only.
+
+    Raises:
+        RecipeError: the run has no checkpoint, there is no token, or the hub refuses.
+    """
+    run = RunDirectory(directory)
+    if not run.checkpoint.is_dir():
+        raise RecipeError(f"{directory} has no checkpoint: expected the directory of a run that has ended")
+    if get_token() is None:
+        raise RecipeError("push: there is no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        add_licence(run.checkpoint / CARD, recipes.load(directory).model.name)
+        api.upload_folder(
+            repo_id=made.repo_id, folder_path=run.checkpoint, commit_message=f"Checkpoint of {directory.name}"
+        )
+    except MezoError:
+        raise
+    except Exception as error:  # the hub's client has roots of its own
+        raise RecipeError(f"push: the hub does not take {repo} ({one_line(error)})") from None
+    return str(made)
 
 
 def merge(source: Path, out: Path, base: str | None) -> str:

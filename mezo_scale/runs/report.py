@@ -120,7 +120,7 @@ def write_report(
         f"eps {recipe.optimizer.eps:g}, {estimator.name}, {estimator.num_directions} direction(s), "
         f"seed {recipe.optimizer.seed}; {median}{layout}. {tuned}.",
         "",
-        *_table(results_table(results)),
+        *as_markdown(results_table(results)),
         "",
         *_explanations(results),
         f"![loss and {main_metric(results['tuned']).replace('_', ' ')}]({run.plot.name})",
@@ -141,7 +141,7 @@ def write_results(
         about: what was done, in sentences.
         memory_gib: by phase.
     """
-    lines = [f"# {title}", "", about, "", *_table(results_table(results)), ""]
+    lines = [f"# {title}", "", about, "", *as_markdown(results_table(results)), ""]
     if "tuned" in results:
         _plot(run, results)
         lines += [f"![loss and {main_metric(results['tuned']).replace('_', ' ')}]({run.plot.name})", ""]
@@ -150,7 +150,8 @@ def write_results(
     replace_file(run.report, "\n".join(lines) + "\n")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def as_markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """`results_table` as the lines of a table."""
     header, *others = rows
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in others)]
 

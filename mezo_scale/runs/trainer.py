@@ -27,6 +27,7 @@ from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs import snapshots
 from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
+from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
@@ -116,7 +117,12 @@ class Trainer:
         if self.recipe.output.checkpoint:
             gc.collect()  # the optimizer's scratch and the last step's batch make room for what rank 0 gathers
             with self.memory.phase(CHECKPOINT):
-                save.write(self.loaded.model, self.loaded.tokenizer, self.run.checkpoint)
+                save.write(
+                    self.loaded.model,
+                    self.loaded.tokenizer,
+                    self.run.checkpoint,
+                    seal=lambda folder: add_card(folder, self.recipe, self.run, results, self._about()),
+                )
         memory = self.memory.all_gib()
         best = best_on_dev(self.run, results) if self.world.rank == 0 else None
         results |= {"best": best} if best else {}
@@ -138,6 +144,13 @@ class Trainer:
         self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
         for what, command in commands.items():
             self.screen.say(f"{what}: {command}")
+
+    def _about(self) -> str:
+        train, options = self.recipe.train, self.recipe.optimizer
+        return (
+            f"{self.tuned}; in {train.steps:,} steps of {train.batch_size} examples by MeZO, which takes forward "
+            f"passes only (lr {options.lr:g}, eps {options.eps:g}, seed {options.seed})."
+        )
 
     def _tune(self, optimizer: MeZO, results: dict[str, Any]) -> None:
         """The steps that are left, and what the tuned model is worth, added to the results."""

@@ -11,6 +11,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
 from mezo_scale.models.tuning import sizes
 from mezo_scale.recipe import Recipe, differences, load, takes_steps
+from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.fitness import check_model
@@ -92,7 +93,12 @@ def _finish(setting: Setting, run: RunDirectory, results: dict[str, Any], about:
         if recipe.output.checkpoint:
             gc.collect()
             with memory.phase(CHECKPOINT):
-                save.write(loaded.model, loaded.tokenizer, run.checkpoint)
+                save.write(
+                    loaded.model,
+                    loaded.tokenizer,
+                    run.checkpoint,
+                    seal=lambda folder: add_card(folder, recipe, run, results, " ".join(about)),
+                )
     used = memory.all_gib()
     if setting.world.rank == 0:
         title = f"{recipe.task.name} with {recipe.model.name}"
