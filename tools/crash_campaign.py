@@ -1,6 +1,6 @@
 """Runs that are killed, everywhere: at every failpoint, at random moments, rank by rank; then the same command again.
 
-    python -m tools.crash_campaign                      what has no row yet; an hour or two on 2 cores
+    python -m tools.crash_campaign                      what has no row yet; all of it half an hour on 2 cores
     python -m tools.crash_campaign --minutes 10         as much of it as fits
     python -m tools.crash_campaign --layout single --only log header
     python -m tools.crash_campaign --life               one run that is killed over and over; half a minute
