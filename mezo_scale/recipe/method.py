@@ -34,17 +34,22 @@ class MethodSection(Section):
         min_length=1,
         description="For linear_probe: inverse strengths of the L2 penalty (C), of which dev chooses.",
     )
-    warmup: int = Field(0, ge=0, description="For adamw: steps over which the learning rate rises from 0.")
+    warmup: int = Field(0, ge=0, description="For mezo and adamw: steps over which the learning rate rises from 0.")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        for name, method in _FIELD_OF.items():
-            if getattr(self, name) != type(self).model_fields[name].default and self.name != method:
-                raise ValueError(f"expected {name} only where name is {method}: leave one of them out")
+        for name, methods in _FIELD_OF.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.name not in methods:
+                raise ValueError(f"expected {name} only where name is {' or '.join(methods)}: leave one of them out")
         return self
 
 
-_FIELD_OF = {"demonstrations": "icl", "draws": "icl", "strengths": "linear_probe", "warmup": "adamw"}
+_FIELD_OF = {
+    "demonstrations": ("icl",),
+    "draws": ("icl",),
+    "strengths": ("linear_probe",),
+    "warmup": ("mezo", "adamw"),
+}
 
 SECTIONS = ("optimizer", "train", "tune")
 """Those with fields that some methods do not look at."""
@@ -67,7 +72,7 @@ def looks_at(method: str, key: str) -> bool:
     """Whether a method looks at a field, `section.name`, of a recipe."""
     section, name = key.split(".")
     if section == "method":
-        return _FIELD_OF.get(name, method) == method
+        return method in _FIELD_OF.get(name, (method,))
     if method == "mezo" or section not in SECTIONS:
         return True
     return key in _LOOKS_AT[method] or (method == "adamw" and section == "tune")

@@ -227,8 +227,10 @@ class OptimizerSection(Section):
     entries: Literal["signs", "normal"] | None = Field(
         None, description="For low_rank: what U and V, and vectors, are drawn from; null means signs, +1 and -1."
     )
-    schedule: Literal["constant", "linear"] = Field(
-        "constant", description="The learning rate over the steps: as it is, or falling linearly towards 0."
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="The learning rate over the steps: as it is, or falling towards 0, linearly or as half a cosine; "
+        "after method.warmup.",
     )
 
 

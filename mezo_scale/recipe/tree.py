@@ -79,7 +79,7 @@ def differences(recorded: Recipe, asked: Recipe) -> list[str]:
     """What keeps `asked` from continuing a run of `recorded`: "key: recorded, now asked", empty if nothing does.
 
     Free are where the weights lie, what is written, how often is reported and compared, when the run gives up, how the
-    batch is cut up, and how many steps there are (a linear schedule then goes on along the line of the new length).
+    batch is cut up, and how many steps there are (a schedule then goes on along the curve of the new length).
     """
     names = ["steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped", "hang_timeout"]
     names += ["snapshot_every", "keep_snapshots", "check_every"]

@@ -1,7 +1,11 @@
-"""What a recipe says of how a run learns: its estimator, its noise, and which examples make up which step."""
+"""What a recipe says of how a run learns: its estimator, its noise, its rate, and which examples make up which
+step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from transformers import get_scheduler
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.noise import Noise
@@ -54,6 +58,21 @@ def noise_of(recipe: Recipe) -> Noise:
                 f"{name}: leave it out, or take distribution=low_rank"
             )
     return Noise(options.distribution, options.rank, options.entries)
+
+
+def rate_of(recipe: Recipe) -> Callable[[int], float]:
+    """From a step to its learning rate, by transformers' schedules. Raises RecipeError if the warm-up never ends."""
+    steps, warmup, options = recipe.train.steps, recipe.method.warmup, recipe.optimizer
+    if warmup >= steps:
+        raise RecipeError(f"method.warmup is {warmup}, but train.steps is {steps}: warm up for fewer")
+    schedule = get_scheduler(
+        "constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        torch.optim.SGD([torch.zeros(1)]),
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+    )
+    (share,) = schedule.lr_lambdas
+    return lambda step: options.lr * share(step)
 
 
 def order_of(recipe: Recipe, kind: Kind[Any, Any], rows: Sequence[Any]) -> Order:

@@ -9,7 +9,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, load, takes_steps
 from mezo_scale.runs import trackers
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.learning import estimator_of, noise_of, order_of
+from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.methods import session as methods
 from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.runs.trainer import Trainer
@@ -54,6 +54,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
             if method == "mezo":
                 estimator_of(recipe)
                 noise_of(recipe)
+                rate_of(recipe)
                 order_of(recipe, kind, splits.train)
             else:
                 fit = methods.plan(recipe, world, run, kind, splits)

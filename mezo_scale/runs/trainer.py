@@ -32,7 +32,7 @@ from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.runs.fitness import check_model
-from mezo_scale.runs.learning import estimator_of, noise_of, order_of
+from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.rehearsal import rehearse
@@ -63,6 +63,7 @@ class Trainer:
         model, begun = self.loaded.model, self.start.step if self.start else 0
         take_up_adapter_(model, run)
         compare(shards(model), frozen_parameters(model), begun)
+        self.rate = rate_of(recipe)
         self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
         stored = sum(shard.local.numel() for shard in shards(model))
@@ -248,7 +249,7 @@ class Trainer:
 
     def _step(self, optimizer: MeZO, metrics: Metrics, progress: StepProgress, skips: Skips) -> None:
         recipe, step = self.recipe, optimizer.step_count
-        lr = recipe.optimizer.lr * (1 - step / recipe.train.steps if recipe.optimizer.schedule == "linear" else 1)
+        lr = self.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from mezo_scale.errors import RecipeError, TrajectoryError
 from mezo_scale.recipe import Recipe, load
 from mezo_scale.runs.evaluate import evaluate_recipe
+from mezo_scale.runs.learning import rate_of
 from mezo_scale.runs.publish import rebuild
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
@@ -98,9 +99,9 @@ def test_a_run_learns(make_recipe: MakeRecipe, objective: str) -> None:
 
 
 def test_a_run_in_two_sessions_is_the_run_in_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    for schedule in ("constant", "linear"):
+    for schedule, warmup in (("constant", 0), ("linear", 0), ("cosine", 2)):
         whole, parts = tmp_path / f"whole-{schedule}", tmp_path / f"parts-{schedule}"
-        options = (f"schedule={schedule}", "eval_every=0", "weight_decay=0.1", "num_directions=2")
+        options = (f"schedule={schedule}", f"warmup={warmup}", "eval_every=0", "weight_decay=0.1", "num_directions=2")
         train(make_recipe(*options, "steps=6", f"output.dir={whole}"))
         train(make_recipe(*options, "steps=6", f"output.dir={parts}"))
         # As if killed during the third step: the records of two are on disk, what follows from them is not.
@@ -115,6 +116,26 @@ def test_a_run_in_two_sessions_is_the_run_in_one(make_recipe: MakeRecipe, tmp_pa
         assert same(weights(parts / "checkpoint"), weights(whole / "checkpoint"))
         one, other = (json.loads((run / "evaluation.json").read_text()) for run in (parts, whole))
         assert one == other
+
+
+def test_the_rate_rises_and_falls_as_the_recipe_says(make_recipe: MakeRecipe) -> None:
+    for schedule, shares in {
+        "constant": [0, 0.5, 1, 1, 1, 1],
+        "linear": [0, 0.5, 1, 0.75, 0.5, 0.25],
+        "cosine": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
+    }.items():
+        rate = rate_of(make_recipe(f"schedule={schedule}", "warmup=2", "steps=6", "lr=2e-3"))
+        assert [rate(step) for step in range(6)] == pytest.approx([2e-3 * share for share in shares], rel=1e-5)
+    with pytest.raises(RecipeError, match=r"method\.warmup is 6, but train\.steps is 6: warm up for fewer"):
+        train(make_recipe("warmup=6", "steps=6"))
+
+
+def test_the_steps_of_a_run_take_that_rate(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("schedule=linear", "warmup=1", "steps=4", "lr=2e-3")
+    train(recipe)
+    records = Trajectory.open(recipe.directory / "trajectory.mezo").records
+    rates = [-record.alphas[0] / record.projected_grads[0] for record in records]
+    assert rates == pytest.approx([2e-3 * share for share in (0, 1, 2 / 3, 1 / 3)], rel=1e-5)
 
 
 def test_a_finished_run_goes_on_when_asked_for_more_steps(make_recipe: MakeRecipe, tmp_path: Path) -> None:

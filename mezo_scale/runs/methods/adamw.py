@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
 
 from mezo_scale import collectives
 from mezo_scale.distributed.world import World
@@ -21,7 +20,7 @@ from mezo_scale.errors import ModelError, NotFiniteError, RecipeError
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.console import StepProgress
 from mezo_scale.runs.evaluate import evaluate
-from mezo_scale.runs.learning import order_of
+from mezo_scale.runs.learning import order_of, rate_of
 from mezo_scale.runs.memory import EVALUATION, INFERENCE, STEPS
 from mezo_scale.runs.methods.setting import Fit, Outcome, Setting
 from mezo_scale.runs.splits import EncodedSplits
@@ -51,10 +50,7 @@ def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSpli
             f"method.name is adamw, but train.objective is {name}, which jumps and has no gradient: take "
             f"{next(iter(kind.objectives))}"
         )
-    if recipe.method.warmup >= recipe.train.steps:
-        raise RecipeError(
-            f"method.warmup is {recipe.method.warmup}, but train.steps is {recipe.train.steps}: warm up for fewer"
-        )
+    rate_of(recipe)
     return partial(_fit, order=order_of(recipe, kind, splits.train))
 
 
@@ -133,19 +129,15 @@ def _fit(setting: Setting, order: Order) -> Outcome:
     recipe, screen = setting.recipe, setting.screen
     options, steps, warmup = recipe.optimizer, recipe.train.steps, recipe.method.warmup
     optimizer = optimizer_of(setting.loaded.model, options.lr, options.weight_decay)
-    constant = "constant_with_warmup" if warmup else "constant"
-    schedule = get_scheduler(
-        "linear" if options.schedule == "linear" else constant,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=steps,
-    )
+    rate = rate_of(recipe)
     gradients = Gradients(setting)
     with setting.memory.phase(INFERENCE):
         gradients.infer(order.step(0))  # type: ignore[arg-type]
     with screen.steps(0, steps, recipe.train.log_every) as progress, setting.memory.phase(STEPS):
         for step in range(steps):
-            lr, start = schedule.get_last_lr()[0], time.perf_counter()
+            lr, start = rate(step), time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             loss = gradients.add_(order.step(step))  # type: ignore[arg-type]
             if not math.isfinite(loss):
                 raise NotFiniteError(
@@ -153,7 +145,6 @@ def _fit(setting: Setting, order: Order) -> Outcome:
                     "optimizer.lr"
                 )
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - start
             setting.metrics.log(step + 1, loss=loss, lr=lr, seconds=seconds)
