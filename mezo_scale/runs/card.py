@@ -89,5 +89,5 @@ def _data(recipe: Recipe, tuned: Mapping[str, Any], is_adapter: bool) -> ModelCa
         library_name="peft" if is_adapter else "transformers",
         tags=["mezo-scale", recipe.method.name],
         model_name=f"{Path(base).name}-{recipe.task.name}",
-        eval_results=[result],
+        eval_results=None if tuned[main] is None else [result],  # of rows none of which is finite
     )
