@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mezo_scale.integrations.transformers import MeZOConfig, MeZOTrainer
 from mezo_scale.noise import direction_seed
 from mezo_scale.tasks.encoding import pad_left
-from mezo_scale.tasks.kinds.decoding import greedy
+from mezo_scale.tasks.kinds.decoding import greedy, sampling
 from mezo_scale.tasks.logits import last_logits
 
 Reward = Callable[..., Sequence[float | None]]
@@ -143,7 +143,7 @@ class Written:
         trainer: Any = self._trainer
         args, tokenizer = trainer.args, trainer.processing_class
         ending = _ending(model, tokenizer)
-        weigh = _sampling(batch["seeds"], args.temperature) if args.temperature and "seeds" in batch else None
+        weigh = sampling(batch["seeds"], args.temperature) if args.temperature and "seeds" in batch else None
         ids, mask = batch["input_ids"], batch["attention_mask"]
         written = greedy(model, ids, mask, args.max_completion_length, ending.__contains__, weigh)
         completions = [
@@ -177,15 +177,3 @@ def _ending(model: Any, tokenizer: Any) -> set[int]:
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = named if isinstance(named, list) else [named]
     return {token for token in [*several, tokenizer.eos_token_id] if token is not None}
-
-
-def _sampling(seeds: Sequence[int], temperature: float) -> Callable[[Tensor], Tensor]:
-    """Adds Gumbel noise to logits, by which the largest is a sample; each row has its own, by its seed."""
-    generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]  # on the CPU: the same bits everywhere
-
-    def weigh(logits: Tensor) -> Tensor:
-        uniform = torch.stack([torch.rand(logits.shape[-1], generator=generator) for generator in generators])
-        gumbel = -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
-        return logits / temperature + gumbel.to(logits.device)
-
-    return weigh

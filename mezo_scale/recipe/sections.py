@@ -101,6 +101,13 @@ class TaskSection(Section):
         ge=1,
         description="Tokens of an answer at most, within max_length; null means 16. For answers that are written.",
     )
+    temperature: Real = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="For answers that are written in a step, where train.objective grades them: 0 takes the likeliest "
+        "token, above it they are sampled, in all branches with the same randomness. Evaluation takes the likeliest.",
+    )
     train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
     dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
     test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them. Likewise.")

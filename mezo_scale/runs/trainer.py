@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mezo_scale import models
@@ -22,6 +23,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.models import save
 from mezo_scale.models.fingerprints import of_config, of_tokenizer
 from mezo_scale.models.tuning import sizes
+from mezo_scale.noise import direction_seed
 from mezo_scale.optim import eps
 from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import Recipe
@@ -46,6 +48,8 @@ from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
 from mezo_scale.tasks.kinds.kind import Within
 from mezo_scale.tasks.order import Order, share
+
+_WRITING = 2**31  # numbers from here on are no directions: the seeds of what the rows of a step sample
 
 
 class Trainer:
@@ -288,9 +292,15 @@ class Trainer:
     def _batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
         axes = self.loaded.strategy.axes
-        rows = share(self.order.step(step), axes.rows_rank(self.world.rank), axes.rows_size)
-        chosen = [self.splits.train[row] for row in rows]
-        return to_device(self.kind.collate(chosen, self.recipe.train.objective), self.loaded.device)
+        rows = self.order.step(step)
+        mine = share(np.arange(len(rows)), axes.rows_rank(self.world.rank), axes.rows_size)
+        batch = self.kind.collate([self.splits.train[row] for row in rows[mine]], self.recipe.train.objective)
+        if self.recipe.task.temperature:
+            seed = self.recipe.optimizer.seed
+            batch["seeds"] = [
+                direction_seed(seed, step, _WRITING + int(place)) for place in mine
+            ]  # whichever rank has it
+        return to_device(batch, self.loaded.device)
 
     def _micro_batch(self, step: int) -> Batch:
         """The first of this rank's rows of a step, as many as run at once."""

@@ -187,8 +187,18 @@ def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
     Where it names a function of its own, the kind has learned of it afterwards.
 
     Raises:
-        RecipeError: the kind has no such objective, or the function can't be imported.
+        RecipeError: the kind has no such objective, or it takes no temperature, or the function can't be imported.
     """
+    name = _objective_of(recipe, kind)
+    if recipe.task.temperature and not hasattr(kind.objectives[name], "smooth"):
+        raise RecipeError(
+            f"task.temperature is {recipe.task.temperature:g}, but train.objective is {name}, for which nothing is "
+            "written: leave it out, or take an objective that grades what is written"
+        )
+    return name
+
+
+def _objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
     name = recipe.train.objective
     if name is None:
         return _find(recipe.task).objective or next(iter(kind.objectives))

@@ -1,6 +1,7 @@
 """Runs of a task whose answers are written, and directories of runs from before there were kinds."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mezo_scale import models
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import MezoError, RecipeError, SharedError
-from mezo_scale.recipe import Recipe, TaskSection, load, parse
+from mezo_scale.recipe import Recipe, TaskSection, dump, load, parse
 from mezo_scale.runs.evaluate import evaluate, evaluate_recipe
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
 from mezo_scale.tasks import Question, Score
 from mezo_scale.tasks.kinds.generation import Generation
+from mezo_scale.trajectory import StepRecord, Trajectory
+from tests.runs.test_snapshots_on_ranks import go_on
 from tests.support import material, questions
+from tests.support.fixtures import ROOT
 from tests.support.pool import Ranks
 
 MakeRecipe = Callable[..., Recipe]
@@ -65,6 +69,59 @@ def test_a_run_on_written_answers_leaves_what_every_run_does(
     assert load(recipe.directory).train.objective == {"null": "language_modeling"}.get(objective, objective)
     assert len(list(verify(recipe))) == 3
     assert evaluate_recipe(recipe, "test", None)[0].as_dict().items() <= found["tuned"].items()
+
+
+def records(recipe: Recipe) -> list[StepRecord]:
+    return Trajectory.open(recipe.directory / "trajectory.mezo").records
+
+
+@pytest.fixture
+def length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An objective that tells any two texts apart: a tiny model writes no answer that is right."""
+    (tmp_path / "rewards_of_samples.py").write_text(
+        "def length(rows):\n    return [sum(map(ord, row['text'])) / 1000 for row in rows]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "objective=rewards_of_samples:length"
+
+
+def test_what_a_step_samples_follows_from_the_run_and_the_step(squad: MakeRecipe, tmp_path: Path, length: str) -> None:
+    options = (length, "temperature=0.7", "lr=1e-3", "eval_every=0")
+    whole, parts, greedy, other = (
+        squad(*options, *more, f"output.dir={tmp_path / name}")
+        for name, more in {
+            "whole": ("steps=4",),
+            "parts": ("steps=2",),
+            "greedy": ("steps=4", "temperature=0"),
+            "other": ("steps=4", "optimizer.seed=1"),
+        }.items()
+    )
+    for recipe in (whole, parts, greedy, other):
+        train(recipe)
+    train(load(parts.directory, ["steps=4"]))
+    assert records(parts) == records(whole)
+    assert [record.loss for record in records(whole)] != [record.loss for record in records(greedy)]
+    assert results(whole)["zero_shot"] == results(greedy)["zero_shot"]  # graded is what is likeliest
+
+
+def of_ranks(recipe: str, overrides: list[str]) -> list[float]:
+    os.chdir(Path(recipe).parent)  # where the reward's module is
+    try:
+        go_on(recipe, overrides)
+    finally:
+        os.chdir(ROOT)
+    return [record.loss for record in Trajectory.open(load(recipe, overrides).directory / "trajectory.mezo").records]
+
+
+def test_two_ranks_sample_what_one_does(squad: MakeRecipe, ranks: Ranks, tmp_path: Path, length: str) -> None:
+    recipe = squad(length, "temperature=0.7", "steps=3", "eval_every=0", "strategy=ddp")
+    path = tmp_path / "sampled.yaml"
+    path.write_text(dump(recipe))
+    found = [
+        ranks(size, of_ranks, recipe=str(path), overrides=[f"output.dir={tmp_path / str(size)}"])[0] for size in (1, 2)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert len(set(found[0])) == 3
 
 
 def test_a_run_learns_to_write_the_answers(squad: MakeRecipe) -> None:
@@ -119,6 +176,10 @@ def test_a_masked_language_model_is_not_asked_to_write(squad: MakeRecipe, tmp_pa
     ("overrides", "said"),
     [
         (["objective=exact_macth"], "found 'exact_macth' for task.name=squad; did you mean exact_match"),
+        (
+            ["temperature=0.5"],
+            "task.temperature is 0.5, but train.objective is language_modeling, for which nothing is written",
+        ),
         (
             ["objective=candidates"],
             "found 'candidates' for task.name=squad; expected language_modeling or f1 or exact_match",

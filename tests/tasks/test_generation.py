@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import mezo_scale as ms
 from mezo_scale.errors import RecipeError
+from mezo_scale.noise import direction_seed
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks import Question
 from mezo_scale.tasks.encoding import pad_left
-from mezo_scale.tasks.kinds.decoding import Decoded, greedy, reads_ahead
+from mezo_scale.tasks.kinds.decoding import Decoded, greedy, reads_ahead, sampling
 from mezo_scale.tasks.kinds.generation import Generation, best, exact_match, f1, normalised
 from tests.support import material
 
@@ -85,6 +86,18 @@ def test_several_ranks_make_the_same_number_of_calls_and_one_stops_early(monkeyp
     model = material.build("llama")
     assert calls_until_all_have_ended(model, True, monkeypatch) == 6
     assert calls_until_all_have_ended(model, False, monkeypatch) == 1
+
+
+def test_samples_have_the_probabilities_of_the_logits_and_follow_from_their_seeds() -> None:
+    count = 4000
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(count, 1)
+    seeds = [direction_seed(0, 3, row) for row in range(count)]
+    chosen = sampling(seeds, 2.0)(logits).argmax(-1)
+    right = (logits[0] / 2).softmax(-1)
+    found = torch.bincount(chosen, minlength=4) / count
+    assert ((found - right).abs() < 4 * (right * (1 - right) / count).sqrt()).all()
+    again = sampling(seeds[::-1], 2.0)(logits).argmax(-1)
+    assert torch.equal(again, chosen.flip(0))  # a row's own, in whatever company
 
 
 def test_what_is_not_finite_is_no_answer() -> None:

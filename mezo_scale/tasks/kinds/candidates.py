@@ -210,11 +210,12 @@ class Candidates(Kind[Encoded, Choice]):
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises RecipeError for fields that this kind does not take."""
-        if section.max_new_tokens is not None:
-            raise RecipeError(
-                f"task.max_new_tokens is {section.max_new_tokens}, but task.name is {section.name}, whose answers are "
-                "chosen, not written: leave it out"
-            )
+        for name, value in (("max_new_tokens", section.max_new_tokens), ("temperature", section.temperature or None)):
+            if value is not None:
+                raise RecipeError(
+                    f"task.{name} is {value}, but task.name is {section.name}, whose answers are chosen, not written: "
+                    "leave it out"
+                )
         if section.metric in self.metrics[1:] and section.candidates is None:
             raise RecipeError(
                 f"task.metric is {section.metric}, which needs classes that all rows share: give task.candidates, or "

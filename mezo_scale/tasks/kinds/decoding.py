@@ -1,6 +1,6 @@
-"""Greedy decoding by forward passes, for whole batches: it runs inside a perturbed view, in all branches at once."""
+"""Decoding by forward passes, for whole batches: it runs inside a perturbed view, in all branches at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,23 @@ def greedy(
         seen = chosen[:, None] if cache is not None else torch.cat([seen, chosen[:, None]], 1)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(rows, 1)], 1)
     return Decoded(tokens, finite)
+
+
+def sampling(seeds: Sequence[int], temperature: float) -> Callable[[Tensor], Tensor]:
+    """For `greedy`: adds Gumbel noise to logits, by which the largest is a sample; each row has its own, by its seed.
+
+    Args:
+        seeds: of the rows, in [0, 2**64). Branches that share a row's seed differ by their weights alone.
+        temperature: above 0; what logits are divided by.
+    """
+    generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]  # on the CPU: the same bits everywhere
+
+    def weigh(logits: Tensor) -> Tensor:
+        uniform = torch.stack([torch.rand(logits.shape[-1], generator=generator) for generator in generators])
+        gumbel = -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+        return logits / temperature + gumbel.to(logits.device)
+
+    return weigh
 
 
 def reads_ahead(model: nn.Module, input_ids: Tensor) -> bool:

@@ -15,7 +15,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
 from mezo_scale.tasks.example import Question
-from mezo_scale.tasks.kinds.decoding import greedy, reads_ahead
+from mezo_scale.tasks.kinds.decoding import greedy, reads_ahead, sampling
 from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs
 from mezo_scale.tasks.reward import Asked, Reward
@@ -69,6 +69,7 @@ class Generation(Kind[EncodedQuestion, str | None]):
             )
         self._tokenizer, self._max_length = tokenizer, section.max_length
         self._max_new_tokens = MAX_NEW_TOKENS if section.max_new_tokens is None else section.max_new_tokens
+        self._temperature = section.temperature
         self._ending: dict[int, bool] = {}
         self._main = section.metric
         if self._max_length - self._max_new_tokens < 2:
@@ -136,8 +137,11 @@ class Generation(Kind[EncodedQuestion, str | None]):
         return {**batch, "whole_ids": whole_ids, "whole_mask": whole_mask, "scored": scored}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[str | None]:
-        """The text that each prompt is continued by; None where the model's logits are not finite."""
-        found = greedy(model, batch["input_ids"], batch["attention_mask"], self._max_new_tokens, self._ends)
+        """The text that each prompt is continued by; None where the model's logits are not finite. Sampled where the
+        task has a temperature and the batch "seeds", one per row; else the likeliest token every time."""
+        seeds = batch.get("seeds") if self._temperature else None
+        weigh = None if seeds is None else sampling(seeds, self._temperature)
+        found = greedy(model, batch["input_ids"], batch["attention_mask"], self._max_new_tokens, self._ends, weigh)
         return [
             self._text(tokens) if finite else None for tokens, finite in zip(found.tokens, found.finite, strict=True)
         ]
