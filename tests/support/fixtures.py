@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from mezo_scale import cli
 from mezo_scale.recipe import Recipe, load
@@ -88,10 +89,11 @@ def ranks(pool: Ranks) -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
-def demo() -> pathlib.Path:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The folder with the demo's model and data, real weights and texts, made once per checkout."""
     folder = ROOT / ".demo"
     tool = [sys.executable, str(ROOT / "tools" / "prepare_demo.py"), "--out", str(folder)]
-    done = subprocess.run(tool, capture_output=True, text=True)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "demo.lock"):  # one worker makes it, the others wait
+        done = subprocess.run(tool, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
