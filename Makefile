@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
-JOBS   ?= 4
+JOBS   ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-launch check format bench bench-kernels sweep crash docs clean
@@ -35,9 +35,9 @@ demo: install  ## fine-tune a real model on real data with two ranks, and see wh
 	$(BIN)/python tools/prepare_demo.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m mezo_scale.cli train launch/demo.yaml
 
-# A file's tests stay together: what they share (ranks, a SLURM cluster) is set up once. Much of it only waits, so there
-# are more workers than the two cores that this is made for; the long files begin first (tests/conftest.py).
-test: install  ## run every test, four files at a time (JOBS=1: one after the other)
+# A file's tests stay together: what they share (ranks, a SLURM cluster) is set up once. Some of it only waits, so there
+# is one worker more than the two cores that this is made for; the long files begin first (tests/conftest.py).
+test: install  ## run every test, three files at a time (JOBS=1: one after the other)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-launch: install  ## the real launchers, on a SLURM cluster that is set up for it as well (root, Debian)

@@ -18,6 +18,7 @@ from tests.support.launch import BIN, Launch
 from tests.support.material import write_model
 
 HERE = Places()
+Run = Callable[..., tuple[int, str, str]]
 
 # srun, for as many tasks on this machine.
 SRUN = f"""#!{sys.executable}
@@ -187,30 +188,37 @@ def test_a_sweep_of_a_tiny_model_on_two_ranks_ends_in_a_report(launch: Launch, t
     assert ours.step_s > 0
     assert [one["ranks"] for one in row["step_collectives"]] == [2, 2]
     assert not list((out / "logs").iterdir())
-    # A cell for which there is no memory is a row.
-    done = launch(*bench, "world_sizes=1", f"tokens={10**13}")
-    assert done.code == 0
-    assert running.read(out)[1]["reason"].startswith("out of memory: can't allocate memory")
+
+
+def test_a_cell_for_which_there_is_no_memory_is_a_row(run: Run, tmp_path: Path) -> None:
+    path, out = sweep_file(tmp_path, world_sizes=1, tokens=10**13), tmp_path / "out"
+    assert run("bench", path, "--out", out)[0] == 0
+    assert running.read(out)[0]["reason"].startswith("out of memory: can't allocate memory")
     assert "out of memory" in (out / "report.md").read_text()
 
 
-def test_in_an_allocation_the_ranks_that_srun_starts_answer(launch: Launch, tmp_path: Path) -> None:
+def test_in_an_allocation_the_ranks_that_srun_starts_answer(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out, tools = sweep_file(tmp_path, world_sizes=2, rounds=1), tmp_path / "out", tmp_path / "tools"
     tools.mkdir()
     (tools / "srun").write_text(SRUN)
     (tools / "srun").chmod(0o755)
-    environ = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
-    done = launch(BIN / "python", "-m", "mezo_scale", "bench", path, "--out", out, env=environ)
-    assert done.code == 0, done.output
+    for name, value in {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert run("bench", path, "--out", out)[0] == 0
     (row,) = running.read(out)
     assert [one["ranks"] for one in row["step_collectives"]] == [2, 2], row
 
 
-def test_mezo_and_its_rivals_are_measured_side_by_side(launch: Launch, tmp_path: Path) -> None:
+def test_mezo_and_its_rivals_are_measured_side_by_side(run: Run, tmp_path: Path) -> None:
     grids = [{"strategies": "single", "methods": ["mezo", "published"]}, {"methods": "adamw"}]
     path, out = sweep_file(tmp_path, world_sizes=1, rounds=1, memory_cap_gib=74.5, grids=grids), tmp_path / "out"
-    done = launch(BIN / "python", "-m", "mezo_scale", "bench", path, "--out", out)
-    assert done.code == 0, done.output
+    assert run("bench", path, "--out", out)[0] == 0
     rows = running.read(out)
     assert [one["cell"]["method"] for one in rows] == ["mezo", "published", "adamw"]
     assert all("reason" not in one for one in rows)

@@ -20,8 +20,8 @@ def train_apart(recipe: str, last: int) -> str:
 
     def apart(self: session.Trainer, optimizer: Any, *rest: Any) -> None:
         if world.rank == 1 and optimizer.step_count == last - 1:
-            section = self.recipe.optimizer.model_copy(update={"lr": 2 * self.recipe.optimizer.lr})
-            self.recipe = self.recipe.model_copy(update={"optimizer": section})
+            rate = self.rate
+            self.rate = lambda number: 2 * rate(number)
         step(self, optimizer, *rest)
 
     session.Trainer._step = apart  # type: ignore[method-assign]
