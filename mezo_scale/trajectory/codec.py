@@ -157,18 +157,25 @@ def _ordered(header: Header, slots: Rows, where: str) -> tuple[npt.NDArray[np.bo
     """
     kind, pieces = slots["kind"], _number_of_pieces(header)
     is_step, is_close = (kind == STEP) | (kind == SKIP), kind == CLOSE
-    index = np.arange(len(slots), dtype=np.uint32)
-    ends = np.maximum.accumulate(np.where(is_step | is_close, index + np.uint32(1), np.uint32(0)))
-    begun = np.concatenate([np.zeros(1, np.uint32), ends])[: len(slots)]
-    within = index - begun  # pieces of a bitmap before it in its append
-    allowed = np.where(is_step, (within == 0) | (within == pieces), is_close & (within == 0))
-    allowed |= (kind == UNREAD) & (within < pieces)
-    right = slots["number"] == np.where(kind == UNREAD, within, np.uint32(0))
+    # Of a million records each of these arrays is megabytes: none outlives its use.
+    ends = np.arange(1, len(slots) + 1, dtype=np.uint32)
+    ends *= is_step | is_close
+    np.maximum.accumulate(ends, out=ends)
+    records = int(ends[-1]) if len(slots) else 0
+    begun = np.concatenate([np.zeros(1, np.uint32), ends[:-1]]) if len(slots) else ends
+    del ends
+    within = np.arange(len(slots), dtype=np.uint32)
+    within -= begun  # pieces of a bitmap before it in its append
+    right = np.where(is_step, (within == 0) | (within == pieces), is_close & (within == 0))
+    right |= (kind == UNREAD) & (within < pieces)
+    within *= kind == UNREAD
+    right &= slots["number"] == within
+    del within
     right &= slots["step"] == np.cumsum(is_step, dtype=np.uint32) - is_step
-    right &= allowed & _synced_in_time(slots["synced"], begun, is_step | is_close, header.unsynced)
+    right &= _synced_in_time(slots["synced"], begun, is_step | is_close, header.unsynced)
     if not right.all():
         raise TrajectoryError(f"{where} is damaged at record {int(right.argmin())}: restore the file from a copy")
-    return is_step, int(ends[-1]) if len(slots) else 0
+    return is_step, records
 
 
 def _synced_in_time(
@@ -182,10 +189,13 @@ def _synced_in_time(
         is_last: whether it is the last one of an append.
         unsynced: as in the header.
     """
-    there = np.minimum(synced, begun)
-    appends = np.concatenate([np.zeros(1, np.uint32), np.cumsum(is_last, dtype=np.uint32)])  # before each record
-    on_the_way = appends[:-1] - appends[there]
-    right: npt.NDArray[np.bool_] = (synced == begun[there]) & (on_the_way < unsynced)
+    there = np.empty(len(synced), np.uint32)
+    np.minimum(synced, begun, out=there, casting="same_kind")
+    right: npt.NDArray[np.bool_] = synced == begun[there]
+    appends = np.cumsum(is_last, dtype=np.uint32)
+    appends -= is_last  # before each record
+    appends -= appends[there]  # on the way
+    right &= appends < unsynced
     return right
 
 
