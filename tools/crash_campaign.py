@@ -110,7 +110,7 @@ def cases() -> list[Case]:
     everywhere = [point for point in points if point.startswith(EVERY_RANK)]
     found += [Case(pairs[number % 2], point, "kill", "1") for number, point in enumerate(everywhere)]
     whom = ("launcher", "0", "1", "all")
-    found += [Case(pairs[number // 4 % 2], f"moment {number}", "kill", whom[number % 4]) for number in range(60)]
+    found += [Case(pairs[number // 4 % 2], f"moment {number}", "kill", whom[number % 4]) for number in range(220)]
     found += [Case(pairs[number % 2], point, "kill", "0") for number, point in enumerate(points)]
     return found
 
