@@ -55,6 +55,8 @@ def add_card(folder: Path, recipe: Recipe, run: RunDirectory, results: Mapping[s
 
 def add_licence(path: Path, base: str) -> None:
     """Puts the licence that a base model's card on the hub names into a card that has none, if the hub gives it."""
+    if not path.is_file():  # a checkpoint of before there were cards
+        return
     card = ModelCard.load(path)
     if card.data.license is None and (found := _licence_of(base)):
         card.data.license = found

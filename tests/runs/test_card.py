@@ -87,6 +87,9 @@ def test_push_uploads_the_checkpoint(make_recipe: MakeRecipe, hub: Any, monkeypa
     found = ModelCard.load(recipe.directory / "checkpoint" / "README.md")
     assert found.data.license == "mit"
     assert "in 1 steps" in found.text
+    (recipe.directory / "checkpoint" / "README.md").unlink()  # as of before there were cards
+    publish.push(recipe.directory, "somebody/tuned", private=False)
+    assert hub.upload_folder.call_count == 2
 
 
 def test_what_can_not_be_pushed_is_one_line(
