@@ -296,10 +296,9 @@ class Trainer:
         mine = share(np.arange(len(rows)), axes.rows_rank(self.world.rank), axes.rows_size)
         batch = self.kind.collate([self.splits.train[row] for row in rows[mine]], self.recipe.train.objective)
         if self.recipe.task.temperature:
+            # By a row's place in the step: so it does not matter which rank has it.
             seed = self.recipe.optimizer.seed
-            batch["seeds"] = [
-                direction_seed(seed, step, _WRITING + int(place)) for place in mine
-            ]  # whichever rank has it
+            batch["seeds"] = [direction_seed(seed, step, _WRITING + int(place)) for place in mine]
         return to_device(batch, self.loaded.device)
 
     def _micro_batch(self, step: int) -> Batch:
