@@ -25,7 +25,7 @@ class Run:
     """A cell's figures, each None where it has none.
 
     Attributes:
-        dev: the main metric on dev after the last step, of methods that take steps.
+        dev: the main metric on dev after the step that is graded, of methods that take steps.
         test: the main metric on test; low, high: its 95% interval over the test's rows.
         seconds: of the method's own work: steps, or forward passes; evaluations aside.
         memory_gib: the most that a rank took in it.
@@ -83,8 +83,8 @@ def measured(cell: Cell, reason: str | None) -> Run:
     result, lines = run.read_evaluation()[RESULTS[method]], run.read_metrics()
     metric = main_metric(result)
     low, high = result.get("interval_95", (None, None))
-    last = [line.get(f"dev_{metric}") for line in lines if line["step"] == recipe.train.steps]
-    dev = next((value for value in last if value is not None), None) if takes_steps(method) else None
+    graded = [line.get(f"dev_{metric}") for line in lines if line["step"] == result.get("step")]
+    dev = next((value for value in graded if value is not None), None) if takes_steps(method) else None
     seconds = [line["seconds"] for line in lines if line.get("seconds") is not None]
     memory = [line["memory_gib"] for line in lines if line.get("memory_gib") is not None]
     return Run(

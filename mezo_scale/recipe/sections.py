@@ -271,6 +271,12 @@ class TrainSection(Section):
         "which scores the texts that the model chooses or writes.",
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations on dev in a row that may be no better than the best one by the main metric: the run "
+        "then ends early, after the last of them. null means that it takes all of its steps.",
+    )
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")
     snapshot_every: int = Field(
         500,
@@ -321,8 +327,11 @@ class OutputSection(Section):
     """What is left behind."""
 
     dir: Name | None = Field(None, description="The run directory; null means runs/ and the recipe's file name.")
-    checkpoint: bool = Field(
-        True, description="At the end, save an ordinary Hugging Face checkpoint in the run directory."
+    checkpoint: bool | Literal["best"] = Field(
+        True,
+        description="At the end, save an ordinary Hugging Face checkpoint in the run directory: true that of the last "
+        "step, best that of the step which was best on dev by the main metric. With best the result on test is that "
+        "step's too, which a replay rebuilds; for mezo.",
     )
     trackers: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"], ...] = (
         Field(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mezo_scale import collectives
@@ -34,20 +34,27 @@ class Metric(_Estimate):
         total: sum of the quantity over the rows whose value is finite.
         n: rows, those without a finite value among them.
         not_finite: rows without a finite value, counted apart.
-        bounded: whether the quantity lies between 0 and 1, and more is better. A row without a finite value then
-            counts as 0; otherwise there is no mean as long as there is such a row.
+        bounded: whether the quantity is a share of 1, of which more is better. A row without a finite value then counts
+            as 0; otherwise there is no mean as long as there is such a row.
+        more_is_better: of two models, whether the one with more of it is the better one.
     """
 
     total: float
     n: int
     not_finite: int = 0
     bounded: bool = True
+    more_is_better: bool = True
 
     @classmethod
-    def of(cls, values: Sequence[float], *, bounded: bool = True) -> "Metric":
-        """The metric of these rows; NaN or infinity where a row has no value."""
+    def of(cls, values: Sequence[float], *, bounded: bool = True, more_is_better: bool | None = None) -> "Metric":
+        """The metric of these rows; NaN or infinity where a row has no value.
+
+        Args:
+            more_is_better: None: of what is bounded; what has no bound is taken for a loss.
+        """
         finite = [float(value) for value in values if math.isfinite(value)]
-        return cls(math.fsum(finite), len(values), len(values) - len(finite), bounded)
+        more = bounded if more_is_better is None else more_is_better
+        return cls(math.fsum(finite), len(values), len(values) - len(finite), bounded, more)
 
     @property
     def value(self) -> float | None:
@@ -67,7 +74,7 @@ class Metric(_Estimate):
 
     def of_parts(self, parts: Sequence[float]) -> "Metric":
         """The same metric over the rows that these are the sums of."""
-        return Metric(parts[0], round(parts[1]), round(parts[2]), self.bounded)
+        return replace(self, total=parts[0], n=round(parts[1]), not_finite=round(parts[2]))
 
     def __str__(self) -> str:
         if self.value is None:
@@ -95,6 +102,7 @@ class ByClass(_Estimate):
     not_finite: int = 0
 
     bounded: ClassVar[bool] = True
+    more_is_better: ClassVar[bool] = True
 
     @classmethod
     def of(cls, name: str, chosen: Sequence[int | None], labels: Sequence[int], classes: int) -> "ByClass":
@@ -184,9 +192,10 @@ class Score:
         return Score(summed, self.main)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: main, more_is_better (of it), count, not_finite, and each metric's value by its name. A metric
-        that has an interval has it under "interval_95" if it is the main one, else under "NAME_interval_95"."""
-        found: dict[str, Any] = {"main": self.main, "more_is_better": self.metrics[self.main].bounded}
+        """For JSON: main, more_is_better and bounded (of it), count, not_finite, and each metric's value by its name. A
+        metric that has an interval has it under "interval_95" if it is the main one, else under "NAME_interval_95"."""
+        main = self.metrics[self.main]
+        found: dict[str, Any] = {"main": self.main, "more_is_better": main.more_is_better, "bounded": main.bounded}
         found |= {"count": self.count, "not_finite": self.not_finite}
         for name, metric in self.metrics.items():
             found[name] = metric.value

@@ -41,10 +41,12 @@ class Outcome:
     Attributes:
         result: on the test split, as `Score.as_dict` has it, and what else evaluation.json is to say of it.
         about: sentences for the report.
+        beside: what else evaluation.json is to hold, by its keys.
     """
 
     result: dict[str, Any]
     about: list[str] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 Fit = Callable[[Setting], Outcome]
