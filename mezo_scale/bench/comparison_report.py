@@ -30,6 +30,7 @@ class Run:
         seconds: of the method's own work: steps, or forward passes; evaluations aside.
         memory_gib: the most that a rank took in it.
         reason: why there is no result.
+        more_is_better: of the main metric.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     seconds: float | None = None
     memory_gib: float | None = None
     reason: str | None = None
+    more_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def measured(cell: Cell, reason: str | None) -> Run:
         sum(seconds) if seconds else None,
         max(memory, default=None),
         None,
+        result.get("more_is_better", True),
     )
 
 
@@ -135,9 +138,12 @@ def _chosen(rates: Sequence[Sequence[Run]]) -> list[Run]:
     candidates = [found for found in whole or done if found]
     if len(candidates) < 2:
         return candidates[0] if candidates else []
-    return max(
-        candidates, key=lambda found: statistics.mean(-math.inf if run.dev is None else run.dev for run in found)
-    )
+    return max(candidates, key=lambda found: statistics.mean(map(_merit, found)))
+
+
+def _merit(run: Run) -> float:
+    """By which runs are compared; -inf without a value on dev."""
+    return -math.inf if run.dev is None else run.dev if run.more_is_better else -run.dev
 
 
 def _row(label: str, runs: Sequence[Run], tuned: bool) -> Row:
@@ -198,9 +204,9 @@ def _place(cells: Sequence[Cell]) -> list[str]:
 def _notes() -> list[str]:
     return [
         "The result is on the test split; where several learning rates were run, dev chose after the last step. The "
-        "interval is Student's over the runs; of a single run, marked (rows), Wilson's over the rows of the test "
-        "split. s: of a run's steps or forward passes, evaluations aside, on average. Peak GiB: of the rank that took "
-        "most; on a CPU the whole process.",
+        "interval is Student's over the runs; of a single run, marked (rows), that of its own report, over the rows of "
+        "the test split. s: of a run's steps or forward passes, evaluations aside, on average. Peak GiB: of the rank "
+        "that took most; on a CPU the whole process.",
         "",
         f"![the results]({PLOT})",
         "",

@@ -59,8 +59,9 @@ class TaskSection(Section):
         "sentiment", description="Which task reads the data and poses the question; `mezo-scale tasks` lists them."
     )
     data: Name = Field(
-        description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
-        "with one such file each for train, validation and test; or the name of a dataset on the hub (all its splits)."
+        description="A file in CSV, TSV, JSONL, JSON (an array of objects), Parquet or plain text, its type by its "
+        "name; a folder with one such file each for train, validation and test; or the name of a dataset on the hub "
+        "(all its splits)."
     )
     subset: Name | None = Field(
         None, description="Only the rows whose `source` column says this; for a dataset on the hub its configuration."
@@ -91,10 +92,14 @@ class TaskSection(Section):
         None,
         description="For answer: the column with the text that is right, or the list of them; null means answer.",
     )
+    text_column: Name | None = Field(
+        None, description="For text: the column with the running text; null means text. A .txt file has none."
+    )
     metric: Name | None = Field(
         None,
         description="What decides. Tasks that choose: accuracy (the default), macro_f1, balanced_accuracy; the last "
-        "two need candidates. Tasks that write: f1 (the default), exact_match.",
+        "two need candidates. Tasks that write: f1 (the default), exact_match. Running text: perplexity, of which "
+        "less is better.",
     )
     max_new_tokens: int | None = Field(
         None,
@@ -108,7 +113,12 @@ class TaskSection(Section):
         description="For answers that are written in a step, where train.objective grades them: 0 takes the likeliest "
         "token, above it they are sampled, in all branches with the same randomness. Evaluation takes the likeliest.",
     )
-    train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
+    train: int = Field(
+        1000,
+        ge=1,
+        description="Examples to train on, of running text blocks of max_length tokens; at most, where the data is a "
+        "folder of splits.",
+    )
     dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
     test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them. Likewise.")
     k_per_class: int | None = Field(

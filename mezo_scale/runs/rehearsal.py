@@ -43,7 +43,8 @@ def rehearse(
     tokens = collectives.max_integer(max(leaf.shape[-1] for leaf in batch.values() if leaf.dim() > 1))
     rows = collectives.max_integer(len(next(iter(batch.values()))))
     branches = _branches(recipe)
-    work = Workload(rows, tokens, branches, recipe.model.compute_dtype or recipe.model.dtype)
+    positions = tokens if kind.scores_all else 1
+    work = Workload(rows, tokens, branches, recipe.model.compute_dtype or recipe.model.dtype, positions)
     planned = memory(architecture(loaded.model.config), loaded.strategy, work).peak / GIB
     loading, alone = phases.most_gib(LOADING), phases.most_gib(INFERENCE)
     parts = -(-recipe.train.batch_size // (rows * loaded.strategy.axes.rows_size))

@@ -188,7 +188,8 @@ def _explanations(results: Mapping[str, Any]) -> list[str]:
     if said := ended_early(results):
         lines += [f"{said}.", ""]
     if any(found.get("not_finite") for found in results.values()):
-        lines += ["Examples whose scores are not finite count as wrong, and there is no mean loss over them.", ""]
+        wrong = "count as wrong, and there is" if is_share(results["tuned"]) else "leave"
+        lines += [f"Examples whose scores are not finite {wrong} no mean over them.", ""]
     if results["tuned"].get("skipped"):
         lines += ["A step is skipped when a loss is not finite: it is counted, and writes no weight.", ""]
     return lines

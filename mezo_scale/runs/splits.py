@@ -33,7 +33,7 @@ class EncodedSplits:
         _check_positions(recipe)
         splits = tasks.load(recipe.task)
         parts = (splits.train, splits.dev, splits.test)
-        return cls(*([kind.encode(example) for example in part] for part in parts))
+        return cls(*(kind.encode_all(part) for part in parts))
 
     def digest(self) -> int:
         """The first 64 bits of a SHA-256 of every token and label in order, signed."""

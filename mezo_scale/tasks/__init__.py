@@ -7,16 +7,15 @@ one module in `kinds/`.
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
-from mezo_scale.tasks.example import Dialogue, Example, Question
-from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE
+from mezo_scale.tasks.example import Dialogue, Example, Passage, Question
+from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE, TEXT
 from mezo_scale.tasks.reward import Reward, is_reward
 from mezo_scale.tasks.rows import has_mask
-from mezo_scale.tasks.splits import Splits, read_examples, split
+from mezo_scale.tasks.splits import Splits, split
 from mezo_scale.tasks.suite import (
     aqua,
     boolq,
@@ -35,6 +34,7 @@ from mezo_scale.tasks.suite import (
     sst5,
     trec,
     wic,
+    wikitext,
     wsc,
 )
 from mezo_scale.tasks.task import FILLING_IN, SOME_TAKE, NamedKind, Task
@@ -49,6 +49,7 @@ __all__ = [
     "Kind",
     "Metric",
     "NamedKind",
+    "Passage",
     "Question",
     "Score",
     "Splits",
@@ -68,6 +69,7 @@ _TASKS: dict[str, Task] = {
     "choice": CHOICE,
     "answer": ANSWER,
     "chat": CHAT,
+    "text": TEXT,
     "sentiment": sentiment.TASK,
     "sst2": sst2.TASK,
     "rte": rte.TASK,
@@ -86,6 +88,7 @@ _TASKS: dict[str, Task] = {
     "mnli": mnli.TASK,
     "piqa": piqa.TASK,
     "aqua": aqua.TASK,
+    "wikitext": wikitext.TASK,
 }
 
 _LATER = {
@@ -162,10 +165,10 @@ def examples(section: TaskSection) -> Mapping[str, Sequence[Any]]:
     Raises:
         RecipeError: there is no such task, its data is wrong, or it does not read rows.
     """
-    pose = _find(section).pose
-    if pose is None:
+    parts = _find(section).parts
+    if parts is None:
         raise RecipeError(f"task.name: {section.name} does not read its data row by row, expected a task that does")
-    return read_examples(section, partial(pose, section))
+    return parts(section)
 
 
 def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":

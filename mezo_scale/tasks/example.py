@@ -4,6 +4,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+_SHOWN = 400  # characters of a text
+
 
 @dataclass(frozen=True)
 class Example:
@@ -120,3 +122,21 @@ class Dialogue:
         """For JSON: prompt (the turns, one after the other), candidates (none), gold (the answer)."""
         prompt = "\n".join(f"{role}: {content}" for role, content in self.turns)
         return {"prompt": prompt, "candidates": [], "gold": [self.answer]}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Running text.
+
+    Attributes:
+        most: blocks of it that are used at most; None: all.
+        seed: of the permutation that they are drawn by, where there are more.
+    """
+
+    text: str
+    most: int | None = None
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: prompt (the beginning of the text), candidates and gold (none)."""
+        return {"prompt": self.text.strip()[:_SHOWN], "candidates": [], "gold": []}

@@ -6,28 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mezo_scale import collectives
-
-
-class _Estimate:
-    """Something of which one is sure to within an interval."""
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the 95% interval; None where there is no value, and of what has none: macro_f1, losses."""
-        return self._interval[0] if self._interval else None
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95% interval; likewise."""
-        return self._interval[1] if self._interval else None
-
-    @property
-    def _interval(self) -> tuple[float, float] | None:
-        raise NotImplementedError
+from mezo_scale.tasks.estimate import Estimate, Z
+from mezo_scale.tasks.perplexity import Perplexity
 
 
 @dataclass(frozen=True)
-class Metric(_Estimate):
+class Metric(Estimate):
     """The mean of one quantity over rows. Metrics of different rows of a split add up.
 
     Attributes:
@@ -83,7 +67,7 @@ class Metric(_Estimate):
 
 
 @dataclass(frozen=True)
-class ByClass(_Estimate):
+class ByClass(Estimate):
     """A mean over classes, each counting alike, however many rows it has. Metrics of different rows of a split add up.
 
     macro_f1: of the classes' F1, 2 right / (found + there). balanced_accuracy: of the classes' recall, right / there.
@@ -155,6 +139,9 @@ class ByClass(_Estimate):
         return "none" if self.value is None else f"{self.value:.1%}"
 
 
+AnyMetric = Metric | ByClass | Perplexity
+
+
 @dataclass(frozen=True)
 class Score:
     """A model on some rows of a split. Scores of different rows add up.
@@ -164,7 +151,7 @@ class Score:
         main: the one that decides.
     """
 
-    metrics: Mapping[str, Metric | ByClass]
+    metrics: Mapping[str, AnyMetric]
     main: str
 
     def __post_init__(self) -> None:
@@ -180,6 +167,12 @@ class Score:
     def not_finite(self) -> int:
         """Rows without a finite value of the main metric."""
         return self.metrics[self.main].not_finite
+
+    @property
+    def merit(self) -> float:
+        """By which scores are compared: the main metric, negated where less of it is better; -inf without a value."""
+        main = self.metrics[self.main]
+        return -math.inf if main.value is None else main.value if main.more_is_better else -main.value
 
     def __add__(self, other: "Score") -> "Score":
         summed = {name: metric.of_parts(_sum(metric, other.metrics[name])) for name, metric in self.metrics.items()}
@@ -206,11 +199,12 @@ class Score:
     def __str__(self) -> str:
         known = {name: metric for name, metric in self.metrics.items() if metric.value is not None}
         others = "".join(f", {name} {metric}" for name, metric in known.items() if name != self.main)
-        wrong = f", {self.not_finite} not finite and counted as wrong" if self.not_finite else ""
+        counted = " and counted as wrong" if self.metrics[self.main].bounded else ""
+        wrong = f", {self.not_finite} not finite{counted}" if self.not_finite else ""
         return f"{self.metrics[self.main]}{others}, {self.count:,} examples{wrong}"
 
 
-def _sum(one: Metric | ByClass, other: Metric | ByClass) -> list[float]:
+def _sum(one: AnyMetric, other: AnyMetric) -> list[float]:
     return [mine + theirs for mine, theirs in zip(one.parts, other.parts, strict=True)]
 
 
@@ -219,7 +213,7 @@ def interval_key(name: str, main: str) -> str:
     return "interval_95" if name == main else f"{name}_interval_95"
 
 
-def wilson(total: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(total: float, count: int, z: float = Z) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson, 1927), total / count.
 
     Of all quantities between 0 and 1 with one mean, the proportion varies most: of any other the interval is no less

@@ -51,9 +51,3 @@ class Outcome:
 
 Fit = Callable[[Setting], Outcome]
 """Carries out a baseline that was checked before; every rank calls it."""
-
-
-def main_value(score: Score) -> float:
-    """The metric that decides; -inf where it has no value."""
-    value = score.metrics[score.main].value
-    return float("-inf") if value is None else value

@@ -63,11 +63,17 @@ class Kind(Protocol[Row, Prediction]):
         objectives: what can be minimised, by name; the first is the default.
         metrics: what a recipe can have as the main metric of its scores, by `task.metric`; the first is the default.
         reward: what it has learned from; None: nothing of the kind.
+        scores_all: whether a loss needs the logits at all positions of a row; else at a few.
     """
 
     objectives: Mapping[str, Objective]
     metrics: Sequence[str] = ()
     reward: Reward | None = None
+    scores_all: bool = False
+
+    def encode_all(self, examples: Sequence[Any]) -> list[Row]:
+        """The rows of a split's examples, one each unless a kind cuts them otherwise. Raises RecipeError."""
+        return [self.encode(example) for example in examples]
 
     def encode(self, example: Any) -> Row:
         """An example of the task in tokens. Raises RecipeError if it does not fit."""
