@@ -116,13 +116,13 @@ def _tokens(section: TaskSection, examples: Sequence[Any], count: int, model: st
     """How many examples there are, and for each of the first ones: length, the tokens of its longest sequence; tokens,
     those that are scored; of a chat, a cloze or a block of running text also the prompt, as the model gets it."""
     from mezo_scale import tasks as room
-    from mezo_scale.models.checkpoints import load_tokenizer, silence_transformers  # seconds to import
+    from mezo_scale.models.checkpoints import load_processor, silence_transformers  # seconds to import
     from mezo_scale.tasks.kinds.chat import Chat
     from mezo_scale.tasks.kinds.cloze import ClozeChoice
     from mezo_scale.tasks.kinds.modeling import Modeling
 
     silence_transformers()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_processor(model)
     kind = room.kind_of(section, tokenizer)
     if isinstance(kind, Modeling):
         rows = kind.encode_all(examples)
@@ -132,7 +132,7 @@ def _tokens(section: TaskSection, examples: Sequence[Any], count: int, model: st
         prompts = [kind.posed(one) for one in examples[:count]] if isinstance(kind, Chat | ClozeChoice) else []
     found: list[dict[str, Any]] = [
         {
-            "length": kind.length(row),
+            **({} if kind.reads_images else {"length": kind.length(row)}),
             "tokens": [tokenizer.convert_ids_to_tokens(list(answer)) for answer in kind.scored(row)],
         }
         for row in rows[:count]

@@ -18,10 +18,10 @@ from mezo_scale.recipe.sections import (
     OutputSection,
     Section,
     ShardingSection,
-    TaskSection,
     TrainSection,
     TuneSection,
 )
+from mezo_scale.recipe.task import TaskSection
 
 RECIPE_FILE = "recipe.yaml"  # the name of the resolved recipe in a run directory
 

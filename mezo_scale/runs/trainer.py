@@ -16,7 +16,7 @@ from mezo_scale.distributed import preflight
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World
 from mezo_scale.models import save
-from mezo_scale.models.fingerprints import of_config, of_tokenizer
+from mezo_scale.models.fingerprints import of_config, of_processor
 from mezo_scale.models.tuning import sizes
 from mezo_scale.noise import direction_seed
 from mezo_scale.optim import eps
@@ -145,7 +145,7 @@ class Trainer:
             with self.memory.phase(CHECKPOINT):
                 save.write(
                     self.loaded.model,
-                    self.loaded.tokenizer,
+                    self.loaded.processor,
                     self.run.checkpoint,
                     seal=lambda folder: add_card(folder, self.recipe, self.run, results, self._about(results)),
                 )
@@ -191,7 +191,7 @@ class Trainer:
         options = self.recipe.optimizer
         if self.world.rank == 0:
             self.run.create()
-        keep_adapter(self.loaded.model, self.loaded.tokenizer, self.run)
+        keep_adapter(self.loaded.model, self.loaded.processor, self.run)
         with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
@@ -215,7 +215,7 @@ class Trainer:
         return {
             "data": f"{self.splits.digest() % 2**64:016x}",
             "config": of_config(models.checkpoints.find(self.recipe.model.name)),
-            "tokenizer": of_tokenizer(self.loaded.tokenizer),
+            **of_processor(self.loaded.processor),
             **({} if self.kind.reward is None else {"objective": self.kind.reward.digest}),
         }
 

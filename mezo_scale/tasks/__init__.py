@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
-from mezo_scale.tasks.example import Dialogue, Example, Passage, Question
-from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE, TEXT
+from mezo_scale.tasks.example import Dialogue, Example, Passage, Picture, Question
+from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE, IMAGE, TEXT
 from mezo_scale.tasks.reward import Reward, is_reward
 from mezo_scale.tasks.rows import has_mask
 from mezo_scale.tasks.splits import Splits, split
@@ -20,6 +20,7 @@ from mezo_scale.tasks.suite import (
     aqua,
     boolq,
     cb,
+    cifar10,
     copa,
     drop,
     mnli,
@@ -50,6 +51,7 @@ __all__ = [
     "Metric",
     "NamedKind",
     "Passage",
+    "Picture",
     "Question",
     "Score",
     "Splits",
@@ -70,6 +72,7 @@ _TASKS: dict[str, Task] = {
     "answer": ANSWER,
     "chat": CHAT,
     "text": TEXT,
+    "image": IMAGE,
     "sentiment": sentiment.TASK,
     "sst2": sst2.TASK,
     "rte": rte.TASK,
@@ -89,6 +92,7 @@ _TASKS: dict[str, Task] = {
     "piqa": piqa.TASK,
     "aqua": aqua.TASK,
     "wikitext": wikitext.TASK,
+    "cifar10": cifar10.TASK,
 }
 
 _LATER = {
@@ -117,19 +121,28 @@ def register(name: str, task: Task) -> None:
     _TASKS[name] = task
 
 
-def posed_to(section: TaskSection, masked: bool) -> TaskSection:
+def posed_to(section: TaskSection, masked: bool, images: bool = False) -> TaskSection:
     """The section as it is posed to a model: to a masked language model by the task's cloze, if it has no template.
 
     A task whose kind is from outside the package is left alone: the kind knows which models it is for.
 
     Args:
         masked: whether it is a masked language model, or a causal one.
+        images: whether it is an image classifier, and no language model at all.
 
     Raises:
-        RecipeError: the prompt is for models of the other sort, or there is none.
+        RecipeError: the task or the prompt is for models of another sort, or there is none.
     """
     task, template = _find(section), section.template
     if not isinstance(task.kind, NamedKind):
+        return section
+    if task.kind.reads_images != images:
+        sorts = ("a language model", "an image classifier")
+        raise RecipeError(
+            f"model.name is {sorts[images]}, but task.name is {section.name}, which is for {sorts[not images]}: give "
+            f"{sorts[not images]}, or a task for {sorts[images]}"
+        )
+    if images:
         return section
     if not masked:
         if has_mask(template):

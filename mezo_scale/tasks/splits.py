@@ -146,7 +146,7 @@ def read_examples(section: TaskSection, make: Callable[[Row], E | None]) -> Mapp
                 parts[name].append(example)
             elif problem := first.contradicts(example):
                 raise RecipeError(
-                    f"task.data: {where.place} and {row.place} have one text, but {problem}: keep one of them, or "
+                    f"task.data: {where.place} and {row.place} ask the same, but {problem}: keep one of them, or "
                     "name a column in task.template that tells them apart"
                 )
         if not parts[name]:

@@ -13,7 +13,7 @@ from mezo_scale.tasks.tables import Row
 if TYPE_CHECKING:
     from mezo_scale.tasks.kinds.kind import Kind
 
-SOME_TAKE = ("label_column", "labels", "answer_column", "text_column")
+SOME_TAKE = ("label_column", "labels", "answer_column", "text_column", "image_column")
 
 Pose = Callable[[TaskSection, Row], Any]
 """The example of a row, or None where a row has none.
@@ -30,11 +30,13 @@ class NamedKind:
         name: of its module in `kinds/`.
         made_by: the class in it.
         metric: the main metric of its scores.
+        reads_images: whether it is for image classifiers; else for language models.
     """
 
     name: str
     made_by: str
     metric: str
+    reads_images: bool = False
 
     def __call__(self, tokenizer: Any, section: TaskSection) -> "Kind[Any, Any]":
         module = importlib.import_module(f"mezo_scale.tasks.kinds.{self.name}")
@@ -47,6 +49,7 @@ WRITING = NamedKind("generation", "Generation", "f1")
 CHATTING = NamedKind("chat", "Chat", "f1")
 FILLING_IN = NamedKind("cloze", "ClozeChoice", "accuracy")
 MODELING = NamedKind("modeling", "Modeling", "perplexity")
+SEEING = NamedKind("images", "Images", "accuracy", reads_images=True)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Task:
 
     Attributes:
         load: its examples, from the recipe's section.
-        kind: makes its kind for a run, from the model's tokenizer and the recipe's section.
+        kind: makes its kind for a run, from the model's tokenizer, or what it reads images with, and the recipe's
+            section.
         about: what it is, in a few words.
         columns: what its data must have.
         parts: all its examples in the order of its data, by the parts that the data has; None where that can't be said.

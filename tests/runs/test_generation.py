@@ -135,7 +135,7 @@ def written(folder: str, strategy: str, batch_size: int) -> Score:
     """The score of seven questions whose answers are what the model writes, but for the last."""
     recipe = parse({"model": {"name": folder}, "task": {"data": "d"}, "sharding": {"strategy": strategy}})
     loaded = models.load(recipe, World.from_environment())
-    kind = Generation(loaded.tokenizer, TaskSection(name="squad", data="d", max_length=96, max_new_tokens=4))
+    kind = Generation(loaded.processor, TaskSection(name="squad", data="d", max_length=96, max_new_tokens=4))
     prompts = [row["context"] for row in questions.rows(7)]
     rows = [kind.encode(Question(prompt, (" nothing",))) for prompt in prompts]
     with torch.no_grad():

@@ -169,9 +169,9 @@ def test_rows_of_one_prompt_are_different_questions_where_their_answers_or_place
     assert len(examples(tmp_path, "record", ROWS["record"], ROWS["record"] | other, ROWS["record"])) == 2
     place = {"span2_index": 5, "label": 0}
     assert [one.label for one in examples(tmp_path, "wsc", ROWS["wsc"], ROWS["wsc"] | place, ROWS["wsc"])] == [1, 0]
-    with pytest.raises(RecipeError, match="line 1 of .* and line 2 of .* have one text, but the labels 1 and 0"):
+    with pytest.raises(RecipeError, match="line 1 of .* and line 2 of .* ask the same, but the labels 1 and 0"):
         examples(tmp_path, "wsc", ROWS["wsc"], ROWS["wsc"] | {"label": 0})
-    with pytest.raises(RecipeError, match="have one text, but the labels 1 and 0"):
+    with pytest.raises(RecipeError, match="ask the same, but the labels 1 and 0"):
         examples(tmp_path, "record", ROWS["record"], ROWS["record"] | {"answers": ["Brem"]})
 
 

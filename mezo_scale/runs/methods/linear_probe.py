@@ -119,7 +119,7 @@ def _hidden_states(setting: Setting, rows: Sequence[Encoded]) -> Tensor | None:
         ).hidden_states
         return states[-1][torch.arange(len(rows)), batch["mask_at"]] if states else None
     prompts = [row.prompt for row in rows]
-    ids, mask = pad_left(prompts, loaded.tokenizer.pad_token_id, setting.recipe.task.max_length)
+    ids, mask = pad_left(prompts, loaded.processor.pad_token_id, setting.recipe.task.max_length)
     ids, mask = ids.to(loaded.device), mask.to(loaded.device)
     states = forward(loaded.model, ids, mask, 1, use_cache=False, output_hidden_states=True).hidden_states
     return states[-1][:, -1] if states else None

@@ -101,7 +101,7 @@ def _finish(setting: Setting, run: RunDirectory, results: dict[str, Any], about:
             with memory.phase(CHECKPOINT):
                 save.write(
                     loaded.model,
-                    loaded.tokenizer,
+                    loaded.processor,
                     run.checkpoint,
                     seal=lambda folder: add_card(folder, recipe, run, results, " ".join(about)),
                 )
