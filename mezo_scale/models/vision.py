@@ -22,6 +22,8 @@ class ImageReader:
         labels: the names of the classes, by their numbers.
     """
 
+    reads_images = True
+
     def __init__(self, processor: Any, labels: Sequence[str], channels: int) -> None:
         self.processor, self.labels = processor, tuple(labels)
         self._mode = _MODES[channels]

@@ -136,12 +136,7 @@ def posed_to(section: TaskSection, masked: bool, images: bool = False) -> TaskSe
     task, template = _find(section), section.template
     if not isinstance(task.kind, NamedKind):
         return section
-    if task.kind.reads_images != images:
-        sorts = ("a language model", "an image classifier")
-        raise RecipeError(
-            f"model.name is {sorts[images]}, but task.name is {section.name}, which is for {sorts[not images]}: give "
-            f"{sorts[not images]}, or a task for {sorts[images]}"
-        )
+    _check_sort(section, task.kind, images)
     if images:
         return section
     if not masked:
@@ -184,11 +179,17 @@ def examples(section: TaskSection) -> Mapping[str, Sequence[Any]]:
     return parts(section)
 
 
-def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
-    """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit."""
+def kind_of(section: TaskSection, processor: Any) -> "Kind[Any, Any]":
+    """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit.
+
+    Args:
+        processor: the model's tokenizer, or what it reads images with, which says so by `reads_images`.
+    """
     task = _find(section)
+    if isinstance(task.kind, NamedKind):
+        _check_sort(section, task.kind, getattr(processor, "reads_images", False))
     is_cloze = task.cloze is not None and has_mask(section.template)
-    kind = (FILLING_IN if is_cloze else task.kind)(tokenizer, section)
+    kind = (FILLING_IN if is_cloze else task.kind)(processor, section)
     if section.metric is not None and section.metric not in kind.metrics:
         raise RecipeError(
             f"task.metric: found {section.metric!r} for task.name={section.name}; "
@@ -231,6 +232,16 @@ def _objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
             f"score; {_nearest(name, kind.objectives)}"
         )
     return name
+
+
+def _check_sort(section: TaskSection, kind: NamedKind, images: bool) -> None:
+    """Raises RecipeError unless the task is for the sort of model that there is."""
+    if kind.reads_images != images:
+        sorts = ("a language model", "an image classifier")
+        raise RecipeError(
+            f"model.name is {sorts[images]}, but task.name is {section.name}, which is for {sorts[not images]}: give "
+            f"{sorts[not images]}, or a task for {sorts[images]}"
+        )
 
 
 def _find(section: TaskSection) -> Task:

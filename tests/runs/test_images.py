@@ -181,11 +181,15 @@ def test_an_adapter_of_a_classifier_is_not_merged(make: Make, tmp_path: Path) ->
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_class_of_an_image_is_shown(make: Make, run: Run) -> None:
+def test_the_class_of_an_image_is_shown(make: Make, run: Run, model_folder: Path, reviews_file: Path) -> None:
     recipe = make()
     arguments = ("tasks", "show", "cifar10", "--data", recipe.task.data, "-n", "1", "--model", recipe.model.name)
     code, out, _ = run(*arguments)
     assert (code, "line 1 of " in out, "  * '0'\n" in out, "tokens" in out) == (0, True, True, False)
+    code, _, err = run("tasks", "show", "cifar10", "--data", recipe.task.data, "--model", model_folder)
+    assert (code, err.count("\n"), "which is for an image classifier" in err) == (2, 1, True)
+    code, _, err = run("tasks", "show", "sentiment", "--data", reviews_file, "--model", recipe.model.name)
+    assert (code, err.count("\n"), "which is for a language model" in err) == (2, 1, True)
 
 
 def test_a_language_model_is_shown_no_images(make: Make, model_folder: Path) -> None:
