@@ -25,11 +25,12 @@ class Run:
     """A cell's figures, each None where it has none.
 
     Attributes:
-        dev: the main metric on dev after the last step, of methods that take steps.
+        dev: the main metric on dev after the step that is graded, of methods that take steps.
         test: the main metric on test; low, high: its 95% interval over the test's rows.
         seconds: of the method's own work: steps, or forward passes; evaluations aside.
         memory_gib: the most that a rank took in it.
         reason: why there is no result.
+        more_is_better: of the main metric.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     seconds: float | None = None
     memory_gib: float | None = None
     reason: str | None = None
+    more_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def measured(cell: Cell, reason: str | None) -> Run:
     result, lines = run.read_evaluation()[RESULTS[method]], run.read_metrics()
     metric = main_metric(result)
     low, high = result.get("interval_95", (None, None))
-    last = [line.get(f"dev_{metric}") for line in lines if line["step"] == recipe.train.steps]
-    dev = next((value for value in last if value is not None), None) if takes_steps(method) else None
+    graded = [line.get(f"dev_{metric}") for line in lines if line["step"] == result.get("step")]
+    dev = next((value for value in graded if value is not None), None) if takes_steps(method) else None
     seconds = [line["seconds"] for line in lines if line.get("seconds") is not None]
     memory = [line["memory_gib"] for line in lines if line.get("memory_gib") is not None]
     return Run(
@@ -100,6 +102,7 @@ def measured(cell: Cell, reason: str | None) -> Run:
         sum(seconds) if seconds else None,
         max(memory, default=None),
         None,
+        result.get("more_is_better", True),
     )
 
 
@@ -135,9 +138,12 @@ def _chosen(rates: Sequence[Sequence[Run]]) -> list[Run]:
     candidates = [found for found in whole or done if found]
     if len(candidates) < 2:
         return candidates[0] if candidates else []
-    return max(
-        candidates, key=lambda found: statistics.mean(-math.inf if run.dev is None else run.dev for run in found)
-    )
+    return max(candidates, key=lambda found: statistics.mean(map(_merit, found)))
+
+
+def _merit(run: Run) -> float:
+    """By which runs are compared; -inf without a value on dev."""
+    return -math.inf if run.dev is None else run.dev if run.more_is_better else -run.dev
 
 
 def _row(label: str, runs: Sequence[Run], tuned: bool) -> Row:
@@ -198,9 +204,9 @@ def _place(cells: Sequence[Cell]) -> list[str]:
 def _notes() -> list[str]:
     return [
         "The result is on the test split; where several learning rates were run, dev chose after the last step. The "
-        "interval is Student's over the runs; of a single run, marked (rows), Wilson's over the rows of the test "
-        "split. s: of a run's steps or forward passes, evaluations aside, on average. Peak GiB: of the rank that took "
-        "most; on a CPU the whole process.",
+        "interval is Student's over the runs; of a single run, marked (rows), that of its own report, over the rows of "
+        "the test split. s: of a run's steps or forward passes, evaluations aside, on average. Peak GiB: of the rank "
+        "that took most; on a CPU the whole process.",
         "",
         f"![the results]({PLOT})",
         "",

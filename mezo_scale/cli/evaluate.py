@@ -32,11 +32,13 @@ def evaluate(
     with loading():
         from mezo_scale.models.checkpoints import silence_transformers
         from mezo_scale.runs.evaluate import evaluate_recipe
+        from mezo_scale.runs.report import told
 
     silence_transformers()
 
     found, steps = evaluate_recipe(parsed, split.value, until)
     if is_first_rank():
         main = found.metrics[found.main]
-        interval = f", 95% interval {main.low:.1%} to {main.high:.1%}" if main.low is not None else ""
+        ends = () if main.low is None or main.high is None else (main.low, main.high)
+        interval = f", 95% interval {' to '.join(told(end, main.bounded) for end in ends)}" if ends else ""
         typer.echo(f"{parsed.model.name} after {steps} steps: {found.main} on {split.value} {found}{interval}")

@@ -73,20 +73,25 @@ def show(
     All rows are checked as for a run.
     """
     from mezo_scale import tasks as room
+    from mezo_scale.tasks.task import MODELING
 
-    section = _section(overrides or (), name=name, data=data, subset=subset, max_length=_ANY_LENGTH)
+    task = room.known().get(name)
+    whole = {} if task is not None and task.kind is MODELING else {"max_length": _ANY_LENGTH}
+    section = _section(overrides or (), name=name, data=data, subset=subset, **whole)
     if cloze:
         section = room.posed_to(section, masked=True)
     all_ = _of_part(room.examples(section), "validation" if split is Part.dev else split.value, data)
-    chosen = all_[:count]
-    shown = [example.as_dict() for example in chosen]
+    total, shown = len(all_), [example.as_dict() for example in all_[:count]]
     if model is not None:
-        shown = [one | tokens for one, tokens in zip(shown, _tokens(section, chosen, model), strict=True)]
+        total, tokens = _tokens(section, all_, count, model)
+        # Of running text what is shown are blocks.
+        shown = [*shown, *({"candidates": [], "gold": []} for _ in tokens[len(shown) :])]
+        shown = [one | more for one, more in zip(shown, tokens, strict=True)]
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
         return
     for number, one in enumerate(shown, 1):
-        typer.echo("\n".join(_lines(one, f"example {number} of {len(all_):,}")))
+        typer.echo("\n".join(_lines(one, f"example {number} of {total:,}")))
 
 
 def _section(overrides: Sequence[str], **fields: Any) -> TaskSection:
@@ -107,26 +112,34 @@ def _of_part(parts: Mapping[str, Sequence[Any]], part: str, data: str) -> Sequen
     return parts[part]
 
 
-def _tokens(section: TaskSection, examples: Any, model: str) -> list[dict[str, Any]]:
-    """For each example: length, the tokens of its longest sequence; tokens, those that are scored; of a chat or a cloze
-    also the prompt, as the model gets it."""
+def _tokens(section: TaskSection, examples: Sequence[Any], count: int, model: str) -> tuple[int, list[dict[str, Any]]]:
+    """How many examples there are, and for each of the first ones: length, the tokens of its longest sequence; tokens,
+    those that are scored; of a chat, a cloze or a block of running text also the prompt, as the model gets it."""
     from mezo_scale import tasks as room
-    from mezo_scale.models.checkpoints import load_tokenizer, silence_transformers  # seconds to import
+    from mezo_scale.models.checkpoints import load_processor, silence_transformers  # seconds to import
     from mezo_scale.tasks.kinds.chat import Chat
     from mezo_scale.tasks.kinds.cloze import ClozeChoice
+    from mezo_scale.tasks.kinds.modeling import Modeling
 
     silence_transformers()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_processor(model)
     kind = room.kind_of(section, tokenizer)
-    rows = [kind.encode(example) for example in examples]
-    return [
+    if isinstance(kind, Modeling):
+        rows = kind.encode_all(examples)
+        prompts = [kind.text(row) for row in rows[:count]]
+    else:
+        rows = [kind.encode(example) for example in examples[:count]]
+        prompts = [kind.posed(one) for one in examples[:count]] if isinstance(kind, Chat | ClozeChoice) else []
+    found: list[dict[str, Any]] = [
         {
-            **({"prompt": kind.posed(example)} if isinstance(kind, Chat | ClozeChoice) else {}),
-            "length": kind.length(row),
+            **({} if kind.reads_images else {"length": kind.length(row)}),
             "tokens": [tokenizer.convert_ids_to_tokens(list(answer)) for answer in kind.scored(row)],
         }
-        for example, row in zip(examples, rows, strict=True)
+        for row in rows[:count]
     ]
+    for one, prompt in zip(found, prompts, strict=False):
+        one["prompt"] = prompt
+    return max(len(examples), len(rows)), found
 
 
 def _lines(one: dict[str, Any], title: str) -> list[str]:
@@ -137,6 +150,8 @@ def _lines(one: dict[str, Any], title: str) -> list[str]:
     for number, answer in enumerate(answers):
         scored = f"   scored: {' '.join(tokens[number])}" if number < len(tokens) else ""
         lines.append(f"  {'*' if answer in right else ' '} {answer!r}{scored}")
+    if tokens and not answers:
+        lines.append(f"  scored: {' '.join(tokens[0])}")
     if "length" in one:
         lines.append(f"  {one['length']:,} tokens at most")
     return [*lines, ""]

@@ -19,6 +19,7 @@ from mezo_scale import noise
 from mezo_scale.errors import ModelError, RecipeError, one_line
 from mezo_scale.models import heads
 from mezo_scale.models.shapes import config_of
+from mezo_scale.models.vision import ImageReader
 from mezo_scale.recipe import means_disk
 from mezo_scale.sharding import discover
 
@@ -37,7 +38,8 @@ def find(name: str) -> Any:
 
     Raises:
         RecipeError: there is no such model.
-        ModelError: it is quantised, an adapter or no language model, or is made of more than safetensors.
+        ModelError: it is quantised, an adapter, neither a language model nor an image classifier, or is made of more
+            than safetensors.
     """
     if name.startswith(RANDOM):
         return config_of(name.removeprefix(RANDOM))
@@ -109,11 +111,18 @@ def _file(name: str, file: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer; of random weights: bytes. Raises ModelError if it can't be read."""
+def load_processor(name: str) -> Any:
+    """What a model's input is made with: its tokenizer, of random weights one of bytes; of an image classifier an
+    `ImageReader`. Raises ModelError if it can't be read."""
     if name.startswith(RANDOM):
         masked = heads.is_masked(config_of(name))
         return ByT5Tokenizer(mask_token="<extra_id_0>") if masked else ByT5Tokenizer()
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # a folder with a tokenizer alone is enough to show tokens
+        config = None
+    if heads.is_image(config):
+        return ImageReader.load(name, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything here

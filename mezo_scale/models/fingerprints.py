@@ -1,8 +1,10 @@
-"""Digests of what a model computes with besides its weights: its configuration and its tokenizer."""
+"""Digests of what a model computes with besides its weights: its configuration, its tokenizer or image processor."""
 
 import hashlib
 import json
 from typing import Any
+
+from mezo_scale.models.vision import ImageReader
 
 _NO_MATTER = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
 """Where a configuration lies, who wrote it, and what its weights were stored in."""
@@ -11,6 +13,13 @@ _NO_MATTER = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_ver
 def of_config(config: Any) -> str:
     """64 bits in hexadecimal of all values of a transformers configuration that can decide the forward pass."""
     return _digest(_decisive(json.loads(config.to_json_string(use_diff=False))))
+
+
+def of_processor(processor: Any) -> dict[str, str]:
+    """The digest of a tokenizer or of an image processor, by what it is."""
+    if isinstance(processor, ImageReader):
+        return {"image processor": _digest(processor.rules())}
+    return {"tokenizer": of_tokenizer(processor)}
 
 
 def of_tokenizer(tokenizer: Any) -> str:

@@ -27,7 +27,7 @@ class Loaded:
 
     Attributes:
         model: in evaluation mode, on the world's device, sharded and frozen as the recipe says.
-        tokenizer: the model's own.
+        processor: the model's own tokenizer, or its `ImageReader`.
         device: where its inputs belong (its shards may lie in host memory).
         strategy: how it lies on the ranks; which rows each of them evaluates follows from its axes.
         compute: the context its forward pass runs in (autocast, or nothing).
@@ -35,7 +35,7 @@ class Loaded:
     """
 
     model: nn.Module
-    tokenizer: Any
+    processor: Any
     device: torch.device
     strategy: Strategy
     compute: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -48,7 +48,7 @@ def check(recipe: Recipe, world: World) -> None:
     Raises:
         RecipeError, ShardingError: options that contradict each other or the number of processes; no such model; an
             adapter that it can't have.
-        ModelError: a model that is quantised, or is no language model.
+        ModelError: a model that is quantised, or neither a language model nor an image classifier.
     """
     if _strategy(recipe, world).is_deepspeed:
         deepspeed_config(recipe)
@@ -59,7 +59,7 @@ def check(recipe: Recipe, world: World) -> None:
 def load(recipe: Recipe, world: World, weights: Path | None = None) -> Loaded:
     """Loads and shards the model, and frees what is to be tuned; every rank calls it.
 
-    `weights`: a folder with the same model after some steps, which is read in the place of the recipe's; the tokenizer
+    `weights`: a folder with the same model after some steps, which is read in the place of the recipe's; the processor
     is the recipe's.
 
     Raises:
@@ -75,8 +75,8 @@ def load(recipe: Recipe, world: World, weights: Path | None = None) -> Loaded:
         compute_dtype = getattr(torch, section.compute_dtype)
         # Its cache would keep a 16-bit copy of every weight that runs unperturbed, until the forward is over.
         compute = partial(torch.autocast, world.device.type, compute_dtype, cache_enabled=False)
-    tokenizer = checkpoints.load_tokenizer(section.name)
-    return Loaded(model.eval(), tokenizer, world.device, strategy, compute, compute_dtype)
+    processor = checkpoints.load_processor(section.name)
+    return Loaded(model.eval(), processor, world.device, strategy, compute, compute_dtype)
 
 
 def _renamed(recipe: Recipe, name: str) -> Recipe:

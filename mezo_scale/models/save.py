@@ -29,14 +29,14 @@ MAX_FILE_BYTES = 5_000_000_000
 
 def write(
     model: nn.Module,
-    tokenizer: Any,
+    processor: Any,
     directory: Path,
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     masters: Sequence[Shard] = (),
     seal: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes weights (safetensors), configuration and tokenizer, or the adapter; every rank calls it.
+    """Writes weights (safetensors), configuration and processor, or the adapter; every rank calls it.
 
     Rank 0 writes. It holds its shards, one parameter and another rank's part of that; the others hold their shards and
     such a part. The folder is complete or not there: written beside, synced, then renamed. An older one is replaced.
@@ -64,7 +64,7 @@ def write(
     on_first = partial(_on_first, directory)
     try:
         files, low = on_first(
-            lambda: _begin(root, tokenizer, directory, beside, plan, low_bits.planned(masters), max_file_bytes)
+            lambda: _begin(root, processor, directory, beside, plan, low_bits.planned(masters), max_file_bytes)
         ) or (None, None)
         error: OSError | None = None
         for piece in plan:
@@ -84,7 +84,7 @@ def write(
 
 def _begin(
     root: Any,
-    tokenizer: Any,
+    processor: Any,
     directory: Path,
     beside: Path,
     plan: list[Piece],
@@ -100,7 +100,7 @@ def _begin(
         raise OSError(None, f"it takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
     root.save_pretrained(beside, state_dict={})
     try:
-        tokenizer.save_pretrained(beside)
+        processor.save_pretrained(beside)
     except Exception as error:  # tokenizers has no type of its own for the system's errors
         raise error if "os error" not in str(error) else OSError(None, str(error)) from None
     files = WeightFiles(beside, tensors, max_file_bytes)

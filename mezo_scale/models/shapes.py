@@ -154,7 +154,7 @@ def config_of(name: str) -> PretrainedConfig:
         raise ModelError(
             f"{name} is quantised, and quantised weights can't take small updates: give an unquantised one"
         )
-    heads.check(name, config)
+    heads.check_language(name, config)
     return config
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import ModelError, RecipeError, SharedError, one_line
-from mezo_scale.models import adapters, checkpoints, prefix
+from mezo_scale.models import adapters, checkpoints, heads, prefix
 from mezo_scale.models.shapes import skeleton
 from mezo_scale.recipe import Recipe, TuneSection
 from mezo_scale.sharding import schemes
@@ -22,9 +22,15 @@ from mezo_scale.sharding.plain import Plain
 def check(recipe: Recipe) -> None:
     """What can be said of `tune` without a weight: tries it on the bare modules. Raises RecipeError, ModelError."""
     section, name = recipe.tune, recipe.model.name
+    found = checkpoints.find(name)
+    if section.what == "prefix" and heads.is_image(found):
+        raise RecipeError(
+            f"tune.what is prefix, but {name} is an image classifier, which keeps no keys and values before its input: "
+            "set tune.what to lora"
+        )
     if section.what in ("full", "prefix"):
         return
-    model = skeleton(checkpoints.find(name))
+    model = skeleton(found)
     model.requires_grad_(False)
     if section.what in ("head", "names"):
         _release_(_names(model, section), model)
@@ -173,10 +179,17 @@ def _check_tunes(model: nn.Module) -> None:
 
 
 def _check_call(model: nn.Module, world: World) -> None:
-    ids = torch.zeros(2, 4, dtype=torch.long, device=world.device)
+    config: Any = model.config
     try:
         with torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            if heads.is_image(config):
+                size = config.image_size
+                sides = (size, size) if isinstance(size, int) else tuple(size)
+                dtype = next(model.parameters()).dtype
+                model(pixel_values=torch.zeros(2, config.num_channels, *sides, device=world.device, dtype=dtype))
+            else:
+                ids = torch.zeros(2, 4, dtype=torch.long, device=world.device)
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # a method may ask for arguments of its own
         raise SharedError(
             f"tune: with this adapter the model can't be called as a task does ({one_line(error)})"

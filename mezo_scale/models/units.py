@@ -31,7 +31,7 @@ def units(model: Any) -> tuple[Unit, ...]:
     outer one is the layer, and what holds a table is none. Tied tables are one weight in two modules, and belong to the
     root.
     """
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = _tables(model)
     untied = head is not None and embeddings.weight is not head.weight
     names = set(getattr(model, "_no_split_modules", None) or ())
     first, layers, last = [], [], []
@@ -45,6 +45,15 @@ def units(model: Any) -> tuple[Unit, ...]:
             layers.append(Unit("layer", name, module))
             inside.update(module.modules())
     return (Unit("root", "", model), *first, *layers, *last)
+
+
+def _tables(model: Any) -> tuple[Any, Any]:
+    """What a model reads its input with, and its head; each None where it has none."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # of image classifiers
+        embeddings = None
+    return embeddings, model.get_output_embeddings()
 
 
 def _class_name(module: nn.Module) -> str:

@@ -4,7 +4,8 @@ from mezo_scale.recipe.method import MethodSection, looks_at, takes_steps
 from mezo_scale.recipe.paths import means_disk
 from mezo_scale.recipe.reading import load, parse
 from mezo_scale.recipe.reference import reference
-from mezo_scale.recipe.sections import ModelSection, ShardingSection, TaskSection, TuneSection
+from mezo_scale.recipe.sections import ModelSection, ShardingSection, TrainSection, TuneSection
+from mezo_scale.recipe.task import TaskSection
 from mezo_scale.recipe.tree import (
     RECIPE_FILE,
     Option,
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "ShardingSection",
     "TaskSection",
+    "TrainSection",
     "TuneSection",
     "differences",
     "dump",

@@ -58,7 +58,7 @@ _EVALUATES = {"train.eval_batch", "train.objective", "tune.what", "tune.adapter"
 _ADAMW = {
     *(f"optimizer.{name}" for name in ("lr", "weight_decay", "seed", "schedule")),
     *(f"train.{name}" for name in ("steps", "batch_size", "micro_batch", "balance", "sort_window", "objective")),
-    *(f"train.{name}" for name in ("eval_every", "eval_batch", "log_every")),
+    *(f"train.{name}" for name in ("eval_every", "eval_batch", "log_every", "patience")),
 }
 _LOOKS_AT = {
     "adamw": _ADAMW,

@@ -2,7 +2,7 @@
 
 import os.path
 
-_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".gz")
+_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".gz")
 
 
 def means_disk(name: str) -> bool:

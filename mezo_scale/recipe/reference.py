@@ -8,7 +8,7 @@ def reference() -> str:
     lines = [
         "# The recipe",
         "",
-        "Made by `mezo-scale recipe` from the descriptions in `mezo_scale/recipe/sections.py`; a test keeps it so.",
+        "Made by `mezo-scale recipe` from the descriptions in `mezo_scale/recipe/`; a test keeps it so.",
         "",
         "A recipe is a YAML file of sections. `mezo-scale train RECIPE.yaml section.field=value ...` overrides single",
         "fields; a field's bare name will do where it is the only one of that name (`steps=200`). Unknown keys and",

@@ -52,80 +52,6 @@ class ModelSection(Section):
     )
 
 
-class TaskSection(Section):
-    """The task and its data."""
-
-    name: Name = Field(
-        "sentiment", description="Which task reads the data and poses the question; `mezo-scale tasks` lists them."
-    )
-    data: Name = Field(
-        description="A file in CSV, TSV, JSONL, JSON (an array of objects) or Parquet, its type by its name; a folder "
-        "with one such file each for train, validation and test; or the name of a dataset on the hub (all its splits)."
-    )
-    subset: Name | None = Field(
-        None, description="Only the rows whose `source` column says this; for a dataset on the hub its configuration."
-    )
-    template: str | None = Field(
-        None,
-        description="The prompt, with the example's fields in braces, used exactly as written (white space included); "
-        "null means the task's own. With {mask} in it, it is a cloze for a masked language model, like RoBERTa.",
-    )
-    candidates: tuple[str, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=2,
-        description="The answers, one per label and in the order of the labels; null means the task's own. For tasks "
-        "that choose among the same answers for every row.",
-    )
-    label_column: Name | None = Field(
-        None, description="For choice: the column that says which candidate is right; null means label."
-    )
-    labels: tuple[str | int, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=2,
-        description="For choice: what that column holds, in the order of candidates; null means 0, 1, ... or the "
-        "candidates' own texts.",
-    )
-    answer_column: Name | None = Field(
-        None,
-        description="For answer: the column with the text that is right, or the list of them; null means answer.",
-    )
-    metric: Name | None = Field(
-        None,
-        description="What decides. Tasks that choose: accuracy (the default), macro_f1, balanced_accuracy; the last "
-        "two need candidates. Tasks that write: f1 (the default), exact_match.",
-    )
-    max_new_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens of an answer at most, within max_length; null means 16. For answers that are written.",
-    )
-    temperature: Real = Field(
-        0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="For answers that are written in a step, where train.objective grades them: 0 takes the likeliest "
-        "token, above it they are sampled, in all branches with the same randomness. Evaluation takes the likeliest.",
-    )
-    train: int = Field(1000, ge=1, description="Examples to train on; at most, where the data is a folder of splits.")
-    dev: int = Field(500, ge=1, description="Examples to evaluate on during the run; likewise.")
-    test: int = Field(1000, ge=1, description="Examples for the result; no decision is taken on them. Likewise.")
-    k_per_class: int | None = Field(
-        None,
-        ge=1,
-        description="Few-shot: this many examples of each class to train on, and as many others for dev, in the place "
-        "of train and dev.",
-    )
-    split_seed: int = Field(0, ge=0, lt=2**63, description="Seed of the permutation that splits the examples.")
-    max_length: int = Field(
-        256,
-        ge=8,
-        description="Longest sequence in tokens; the beginning of a longer prompt is cut off, of a cloze the end of "
-        "its longest columns. A model with a table of positions must have as many.",
-    )
-
-
 class TuneSection(Section):
     """What is tuned; the rest of the model is frozen. `docs/how-to/adapters.md` has an example of each."""
 
@@ -267,10 +193,16 @@ class TrainSection(Section):
         "the candidates' scores, the mean log-probability of their tokens; the default), language_modeling (the loss "
         "on the right candidate's tokens, over the whole vocabulary; the default of copa, record and piqa), accuracy "
         "(1 where a wrong one is chosen). Tasks that write: language_modeling (the loss on the first right answer; the "
-        "default), f1, exact_match (1 minus the score of what the model writes). All: module:function of your own, "
-        "which scores the texts that the model chooses or writes.",
+        "default), f1, exact_match (1 minus the score of what the model writes). Images: cross_entropy (the default), "
+        "accuracy. What chooses or writes texts: module:function of your own, which scores them.",
     )
     eval_every: int = Field(500, ge=0, description="Steps between evaluations on the dev split; 0 means never.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations on dev in a row that may be no better than the best one by the main metric: the run "
+        "then ends early, after the last of them. null means that it takes all of its steps.",
+    )
     eval_batch: int = Field(32, ge=1, description="Examples per forward pass on one rank in evaluations.")
     snapshot_every: int = Field(
         500,
@@ -321,8 +253,11 @@ class OutputSection(Section):
     """What is left behind."""
 
     dir: Name | None = Field(None, description="The run directory; null means runs/ and the recipe's file name.")
-    checkpoint: bool = Field(
-        True, description="At the end, save an ordinary Hugging Face checkpoint in the run directory."
+    checkpoint: bool | Literal["best"] = Field(
+        True,
+        description="At the end, save an ordinary Hugging Face checkpoint in the run directory: true that of the last "
+        "step, best that of the step which was best on dev by the main metric. With best the result on test is that "
+        "step's too, which a replay rebuilds; for mezo.",
     )
     trackers: tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"], ...] = (
         Field(

@@ -18,10 +18,10 @@ from mezo_scale.recipe.sections import (
     OutputSection,
     Section,
     ShardingSection,
-    TaskSection,
     TrainSection,
     TuneSection,
 )
+from mezo_scale.recipe.task import TaskSection
 
 RECIPE_FILE = "recipe.yaml"  # the name of the resolved recipe in a run directory
 
@@ -82,7 +82,7 @@ def differences(recorded: Recipe, asked: Recipe) -> list[str]:
     batch is cut up, and how many steps there are (a schedule then goes on along the curve of the new length).
     """
     names = ["steps", "micro_batch", "eval_every", "eval_batch", "log_every", "max_skipped", "hang_timeout"]
-    names += ["snapshot_every", "keep_snapshots", "check_every"]
+    names += ["snapshot_every", "keep_snapshots", "check_every", "patience"]
     free = {f"train.{name}" for name in names}
     before, after = recorded.model_dump(), asked.model_dump()
     return [

@@ -19,14 +19,14 @@ from mezo_scale.runs.directory import ADAPTER_INIT, RunDirectory
 from mezo_scale.trajectory import Trajectory
 
 
-def keep_adapter(model: nn.Module, tokenizer: Any, run: RunDirectory) -> None:
+def keep_adapter(model: nn.Module, processor: Any, run: RunDirectory) -> None:
     """Saves the adapter that a run begins with, before its trajectory is there. Every rank calls it.
 
     Raises:
         SharedError: it can't be written.
     """
     if adapters.config_in(model) is not None and not _on_first_rank(run.trajectory):
-        write(model, tokenizer, run.adapter_init)
+        write(model, processor, run.adapter_init)
 
 
 def take_up_adapter_(model: nn.Module, run: RunDirectory) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mezo_scale import tasks
 from mezo_scale.models import adapters
 from mezo_scale.recipe import Recipe, means_disk
 from mezo_scale.runs.directory import RunDirectory, replace_file
@@ -73,11 +74,16 @@ def _licence_of(base: str) -> str | None:
     return found
 
 
+def _reads_images(recipe: Recipe) -> bool:
+    kind = tasks.known()[recipe.task.name].kind
+    return isinstance(kind, tasks.NamedKind) and kind.reads_images
+
+
 def _data(recipe: Recipe, tuned: Mapping[str, Any], is_adapter: bool) -> ModelCardData:
     base, main = recipe.model.name, main_metric(tuned)
     data = recipe.task.name if means_disk(recipe.task.data) else recipe.task.data
     result = EvalResult(
-        task_type="text-generation",
+        task_type="image-classification" if _reads_images(recipe) else "text-generation",
         dataset_type=data,
         dataset_name=data,
         dataset_split="test",

@@ -17,7 +17,7 @@ import torch
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import RECIPE_FILE, Recipe, dump, load
+from mezo_scale.recipe import RECIPE_FILE, Recipe, TrainSection, dump, load
 from mezo_scale.trajectory import Trajectory
 
 ADAPTER_INIT = "adapter_init"
@@ -129,10 +129,23 @@ class RunDirectory:
         evaluation.json is written after that. A line of metrics says it as `synced`; one without it was written after
         its step was on the disk.
         """
-        tuned = self.read_evaluation().get("tuned")
-        graded = tuned.get("step") if isinstance(tuned, dict) else None
+        results = self.read_evaluation()
+        parts = [results.get(name) for name in ("tuned", "ended")]
+        graded = [part.get("step") for part in parts if isinstance(part, dict)]
         said = [line.get("synced", line["step"]) for line in self.read_metrics()]
-        return max(number for number in (0, graded, *said) if isinstance(number, int))
+        return max(number for number in (0, *graded, *said) if isinstance(number, int))
+
+    def has_ended(self, train: TrainSection) -> bool:
+        """Whether evaluation.json has the result of all the steps, or of those after which the run's patience was over.
+
+        Runs of before `ended` was written have the result's step.
+        """
+        results = self.read_evaluation()
+        ended = results.get("ended", results.get("tuned"))
+        if not isinstance(results.get("tuned"), dict) or not isinstance(ended, dict):
+            return False
+        early = ended.get("patience")
+        return ended.get("step") == train.steps or (early is not None and early == train.patience)
 
     def read_log(self) -> Trajectory:
         """The run's trajectory. Raises TrajectoryError if it is not there, damaged, or has lost steps."""

@@ -47,6 +47,11 @@ def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str,
         RecipeError, ModelError: the model or the data can't be read, or it can't be told what is to be learned.
     """
     config = checkpoints.find(model)
+    if heads.is_image(config):
+        raise RecipeError(
+            f"{model} is an image classifier, and init writes recipes for language models: write one with "
+            "task.name=image, as docs/how-to/own-data.md has it"
+        )
     arch = architecture(config)
     parts = read_parts(TaskSection(name="choice", data=data))
     masked = heads.is_masked(config)
@@ -161,7 +166,7 @@ def _sizes(section: TaskSection) -> dict[str, int]:
 
 def _length(section: TaskSection, model: str, config: Any) -> int:
     """Tokens that 19 of 20 examples fit in, in a multiple of 16, and the model too."""
-    kind = tasks.kind_of(section, checkpoints.load_tokenizer(model))
+    kind = tasks.kind_of(section, checkpoints.load_processor(model))
     some = next(iter(tasks.examples(section).values()))[:_LOOKED_AT]
     lengths = sorted(kind.length(kind.encode(example)) for example in some)
     wanted = -(-lengths[int(0.95 * (len(lengths) - 1))] // 16) * 16

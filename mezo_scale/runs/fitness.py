@@ -71,8 +71,9 @@ def _run(loaded: Loaded, ask: Callable[[nn.Module, Batch], Answer], batch: Batch
     except MezoError:
         raise
     except Exception as error:  # a model raises anything; all ranks run the same row
+        name = next(iter(_shapes(batch)), "")
         raise SharedError(
-            f"model.name: {recipe.model.name} can't run a row of task.name={recipe.task.name} (input_ids "
-            f"{list(batch['input_ids'].shape)}), though it was loaded: {type(error).__name__}: {one_line(error)}: "
+            f"model.name: {recipe.model.name} can't run a row of task.name={recipe.task.name} ({name} "
+            f"{list(_shapes(batch).get(name, ()))}), though it was loaded: {type(error).__name__}: {one_line(error)}: "
             "mind its configuration, or give another model"
         ) from error

@@ -65,10 +65,10 @@ def _load(source: str, until: int | None, screen: Screen) -> tuple[Any, Any]:
         if until is not None:
             raise RecipeError(f"--until is {until}, but {source} is not the directory of a run")
         checkpoints.find(source)
-        return checkpoints.read(source, torch.float32), checkpoints.load_tokenizer(source)
+        return checkpoints.read(source, torch.float32), checkpoints.load_processor(source)
     base, records = recipes.load(source).model.name, run.read_log()
     checkpoints.find(base)
     model = begun(base, records, run.adapter_init if run.adapter_init.is_dir() else None)
     with screen.counting("replaying") as progress:
         replay(model, records, until, progress=progress)
-    return model, checkpoints.load_tokenizer(base)
+    return model, checkpoints.load_processor(base)

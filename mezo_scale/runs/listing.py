@@ -10,7 +10,7 @@ from rich.table import Table
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.report import RESULTS, main_metric
+from mezo_scale.runs.report import RESULTS, is_share, main_metric, told
 
 _PLACES = ("output.dir",)  # fields that say where a run lies, not what it is
 
@@ -42,14 +42,14 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
     Returns:
         run; steps (done) and of (asked for), None where a method takes none; s_per_step (median, None before the
-        first); metric (its name), zero_shot, dev (the last one) and tuned (what the method came to), each None until it
-        is known; every recipe field in which the runs differ, by its key; and error, in the place of all but `run`,
-        where a run can't be read.
+        first); metric (its name), bounded (whether it is a share of 1), zero_shot, dev (the last one) and tuned (what
+        the method came to), each None until it is known; every recipe field in which the runs differ, by its key; and
+        error, in the place of all but `run`, where a run can't be read.
     """
     entries = [_entry(run) for run in runs]
     fields = {option.key for option in recipes.options()} - set(_PLACES)
-    told = [entry["recipe"] for entry in entries if "recipe" in entry]
-    differ = [key for key in sorted(fields) if len({repr(tree[key]) for tree in told}) > 1]
+    trees = [entry["recipe"] for entry in entries if "recipe" in entry]
+    differ = [key for key in sorted(fields) if len({repr(tree[key]) for tree in trees}) > 1]
     for entry in entries:
         tree = entry.pop("recipe", None)
         entry |= {key: tree[key] for key in differ} if tree is not None else {}
@@ -58,7 +58,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 def table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """`compare` for the screen."""
-    names = list(dict.fromkeys(name for entry in entries for name in entry if name != "of"))
+    names = list(dict.fromkeys(name for entry in entries for name in entry if name not in ("of", "bounded")))
     shown = Table(box=None, header_style="bold")
     for name in names:
         shown.add_column(name.replace("_", " "), justify="left" if name in ("run", "metric", "error") else "right")
@@ -124,6 +124,7 @@ def _entry(run: Path) -> dict[str, Any]:
         "of": recipe.train.steps if steps else None,
         "s_per_step": seconds[len(seconds) // 2] if seconds else None,
         "metric": metric,
+        "bounded": is_share(results.get("zero_shot", {})),
         "zero_shot": results.get("zero_shot", {}).get(metric),
         "dev": dev[-1] if dev else None,
         "tuned": results.get(RESULTS[method], {}).get(metric),
@@ -138,7 +139,7 @@ def _cell(entry: Mapping[str, Any], name: str) -> str:
     if name == "steps":
         return f"{value}/{entry['of']}"
     if name in ("zero_shot", "dev", "tuned"):
-        return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4f}"
+        return told(value, entry["bounded"])
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

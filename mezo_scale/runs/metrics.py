@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -55,6 +56,15 @@ class Metrics:
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
         self._trackers.log(step, finite)
+
+    def sync(self) -> None:
+        """Return when every line is on the disk: to be called before anything is decided by one.
+
+        Raises RecipeError if they do not come there.
+        """
+        if self._file is not None:
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:

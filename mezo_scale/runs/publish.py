@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 from mezo_scale import recipe as recipes
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import MezoError, RecipeError, one_line
-from mezo_scale.models import adapters, checkpoints, save
+from mezo_scale.models import adapters, checkpoints, heads, save
 from mezo_scale.optim.replay import replay
 from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.card import CARD, add_licence
@@ -37,7 +37,7 @@ def rebuild(base: str, trajectory: Path, out: Path, until: int | None, adapter: 
     records = Trajectory.open(trajectory)
     beside = trajectory.with_name(ADAPTER_INIT)
     checkpoints.find(base)
-    tokenizer = checkpoints.load_tokenizer(base)
+    tokenizer = checkpoints.load_processor(base)
     model = begun(base, records, beside if adapter is None and beside.is_dir() else adapter)
     screen = Screen(world)
     with screen.counting("replaying", "steps") as progress:
@@ -106,7 +106,8 @@ def merge(source: Path, out: Path, base: str | None) -> str:
     if not base:
         raise RecipeError(f"{folder} does not say which model it is an adapter of: give --base")
     config = checkpoints.find(base)
-    tokenizer = checkpoints.load_tokenizer(base)
+    heads.check_language(f"{base}: merge adds adapters to language models; it", config)
+    tokenizer = checkpoints.load_processor(base)
     model = checkpoints.read(base, torch.float32)
     merged = adapters.merged(model, folder)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

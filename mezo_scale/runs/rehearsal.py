@@ -40,26 +40,37 @@ def rehearse(
     """
     _show_data(recipe, kind, splits, screen)
     forward_s = _time_forward(loaded, objective, batch, phases)
-    tokens = collectives.max_integer(max(leaf.shape[-1] for leaf in batch.values() if leaf.dim() > 1))
-    rows = collectives.max_integer(len(next(iter(batch.values()))))
-    branches = _branches(recipe)
-    work = Workload(rows, tokens, branches, recipe.model.compute_dtype or recipe.model.dtype)
-    planned = memory(architecture(loaded.model.config), loaded.strategy, work).peak / GIB
+    rows, branches = collectives.max_integer(len(next(iter(batch.values())))), _branches(recipe)
     loading, alone = phases.most_gib(LOADING), phases.most_gib(INFERENCE)
     parts = -(-recipe.train.batch_size // (rows * loaded.strategy.axes.rows_size))
     step_s = branches * parts * forward_s
-    plain = recipe.tune.what == "full" and recipe.optimizer.distribution != "low_rank"
+    if kind.reads_images:
+        what, planned = f"{rows} images", ""
+    else:
+        tokens = collectives.max_integer(max(leaf.shape[-1] for leaf in batch.values() if leaf.dim() > 1))
+        what, planned = f"{rows} x {tokens} tokens", _planned(recipe, loaded, kind, rows, tokens)
     screen.say(
-        f"memory per rank: {planned:.2f} GiB planned for a step's weights and activations"
-        f"{'' if plain else ' if all weights were tuned by dense directions, less here'}; measured "
-        f"{loading:.2f} GiB with the model loaded, {alone:.2f} GiB in one forward pass"
+        f"memory per rank: {planned}measured {loading:.2f} GiB with the model loaded, {alone:.2f} GiB in one forward "
+        "pass"
     )
     screen.say(
-        f"time: a forward pass of {rows} x {tokens} tokens takes {forward_s:.2f} s: a step of {branches * parts} takes "
+        f"time: a forward pass of {what} takes {forward_s:.2f} s: a step of {branches * parts} takes "
         f"{step_s:.2f} s or a little more, {recipe.train.steps:,} steps about "
         f"{_duration(step_s * recipe.train.steps)}, evaluations aside"
     )
     screen.say("dry run: nothing was written, and no step was taken; leave --dry-run out to train")
+
+
+def _planned(recipe: Recipe, loaded: Loaded, kind: Kind[Any, Any], rows: int, tokens: int) -> str:
+    """What the planner says of a step's memory."""
+    positions = tokens if kind.scores_all else 1
+    work = Workload(rows, tokens, _branches(recipe), recipe.model.compute_dtype or recipe.model.dtype, positions)
+    planned = memory(architecture(loaded.model.config), loaded.strategy, work).peak / GIB
+    plain = recipe.tune.what == "full" and recipe.optimizer.distribution != "low_rank"
+    return (
+        f"{planned:.2f} GiB planned for a step's weights and activations"
+        f"{'' if plain else ' if all weights were tuned by dense directions, less here'}; "
+    )
 
 
 def _branches(recipe: Recipe) -> int:
@@ -72,6 +83,9 @@ def _branches(recipe: Recipe) -> int:
 def _show_data(recipe: Recipe, kind: Kind[Any, Any], splits: EncodedSplits, screen: Screen) -> None:
     for name in ("train", "dev", "test"):
         lengths = sorted(kind.length(row) for row in getattr(splits, name))
+        if kind.reads_images:
+            screen.say(f"{name}: {len(lengths):,} images")
+            continue
         full = sum(length >= recipe.task.max_length for length in lengths)
         cut = f"; {full:,} fill task.max_length={recipe.task.max_length} and may be cut" if full else ""
         screen.say(

@@ -36,7 +36,7 @@ def results_table(results: Mapping[str, Any]) -> list[list[str]]:
     header = ["test split", *(cell for name in shown for cell in (name.replace("_", " "), "95% interval")), "examples"]
     ends = [key for key in _ENDS if key in results]
     rows = [header]
-    for key in [*(key for key in results if key not in (*ends, "best")), *ends]:
+    for key in [*(key for key in results if key not in (*ends, "best", "ended")), *ends]:
         found = results[key]
         title = _TITLES.get(key, key.replace("_", " "))
         count = f"{found['count']:,}" + (f", {found['not_finite']:,} not finite" if found.get("not_finite") else "")
@@ -45,22 +45,15 @@ def results_table(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def best_on_dev(run: RunDirectory, results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The step after which the main metric on dev was best: {"step", "metric", "value"}; of several the first.
-
-    None where dev was never evaluated, or more of the metric is not better.
-    """
-    main = main_metric(results["tuned"])
-    found = [line for line in run.read_metrics() if isinstance(line.get(f"dev_{main}"), int | float)]
-    if not found or not _more_is_better(results["tuned"]):
-        return None
-    best = max(found, key=lambda line: (line[f"dev_{main}"], -line["step"]))
-    return {"step": best["step"], "metric": main, "value": best[f"dev_{main}"]}
+def is_share(found: Mapping[str, Any]) -> bool:
+    """Whether the main metric lies between 0 and 1, and is told in percent. Runs of before `bounded` was written have
+    `more_is_better` or, before that, an interval where it holds."""
+    return bool(found.get("bounded", found.get("more_is_better", "interval_95" in found)))
 
 
-def _more_is_better(found: Mapping[str, Any]) -> bool:
-    """Of the main metric. Runs of before it was written have an interval where it holds."""
-    return bool(found.get("more_is_better", "interval_95" in found))
+def told(value: float, share: bool) -> str:
+    """A value of a metric, for people."""
+    return f"{value:.1%}" if share else f"{value:.4f}"
 
 
 def main_metric(found: Mapping[str, Any]) -> str:
@@ -72,10 +65,12 @@ def main_metric(found: Mapping[str, Any]) -> str:
 def _cells(found: Mapping[str, Any], name: str, main: str) -> tuple[str, str]:
     if found.get(name) is None:
         return "", ""
+    # What is not the main metric has an interval if it is a share.
+    share = is_share(found) if name == main else interval_key(name, main) in found
     if interval_key(name, main) not in found:
-        return (f"{found[name]:.1%}" if _more_is_better(found) else f"{found[name]:.4f}"), ""
+        return told(found[name], share), ""
     low, high = found[interval_key(name, main)]
-    return f"{found[name]:.1%}", f"{low:.1%} to {high:.1%}"
+    return told(found[name], share), f"{told(low, share)} to {told(high, share)}"
 
 
 def as_table(rows: Sequence[Sequence[str]], title: str) -> Table:
@@ -143,6 +138,7 @@ def write_results(
     """
     lines = [f"# {title}", "", about, "", *as_markdown(results_table(results)), ""]
     if "tuned" in results:
+        lines += _explanations(results)
         _plot(run, results)
         lines += [f"![loss and {main_metric(results['tuned']).replace('_', ' ')}]({run.plot.name})", ""]
     lines += _memory(memory_gib)
@@ -173,12 +169,27 @@ def _steps(tuned: Mapping[str, Any]) -> str:
     return f"{tuned['step']} steps" + (f" ({skipped} skipped)" if skipped else "")
 
 
+def ended_early(results: Mapping[str, Any]) -> str:
+    """Why a run took fewer steps than it could; empty if it did not."""
+    ended, best = results.get("ended", {}), results.get("best", {})
+    if ended.get("patience") is None:
+        return ""
+    found = f"the {best['metric']} of step {best['step']}" if best else "a value at all"
+    return (
+        f"Ended early, after step {ended['step']}: {ended['patience']} evaluation(s) on dev were no better than {found}"
+    )
+
+
 def _explanations(results: Mapping[str, Any]) -> list[str]:
     lines = []
     if best := results.get("best"):
-        lines += [f"On dev the {best['metric']} was best after step {best['step']}: {best['value']:.1%}.", ""]
+        value = told(best["value"], is_share(results["tuned"]))
+        lines += [f"On dev the {best['metric']} was best after step {best['step']}: {value}.", ""]
+    if said := ended_early(results):
+        lines += [f"{said}.", ""]
     if any(found.get("not_finite") for found in results.values()):
-        lines += ["Examples whose scores are not finite count as wrong, and there is no mean loss over them.", ""]
+        wrong = "count as wrong, and there is" if is_share(results["tuned"]) else "leave"
+        lines += [f"Examples whose scores are not finite {wrong} no mean over them.", ""]
     if results["tuned"].get("skipped"):
         lines += ["A step is skipped when a loss is not finite: it is counted, and writes no weight.", ""]
     return lines
@@ -207,7 +218,7 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
             label = f"{called} on test, {key.replace('_', '-')}: {_cells(results[key], main, main)[0]}"
             right.axhline(results[key][main], color="tab:green", linestyle=style, label=label)
     right.set(ylabel=called)
-    if _more_is_better(results["tuned"]):
+    if is_share(results["tuned"]):
         right.set(ylim=(0, 1))
     handles = [artist for axes in (left, right) for artist in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")

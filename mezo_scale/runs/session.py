@@ -7,7 +7,7 @@ from mezo_scale.distributed.memory import collecting_only_new_garbage, keep_memo
 from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, load, takes_steps
-from mezo_scale.runs import trackers
+from mezo_scale.runs import on_dev, trackers
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.methods import session as methods
@@ -51,6 +51,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
             recipe, kind = prepare(recipe)
             done = _steps_done(recipe, run) if world.rank == 0 and method == "mezo" else 0
             splits = EncodedSplits.read(recipe, kind)
+            on_dev.check(recipe, splits)
             if method == "mezo":
                 estimator_of(recipe)
                 noise_of(recipe)

@@ -1,5 +1,6 @@
 """Steps that a loss which is not finite has skipped: a few are a matter of chance, many in a row the end of a run."""
 
+from itertools import islice
 from pathlib import Path
 
 from mezo_scale.errors import NotFiniteError
@@ -35,6 +36,7 @@ class Skips:
             )
 
 
-def count_skipped(trajectory: Path) -> int:
-    """How many steps of a run's trajectory were skipped. Raises TrajectoryError if it can't be read."""
-    return sum(record.skipped for record in Trajectory.open(trajectory))
+def count_skipped(trajectory: Path, until: int | None = None) -> int:
+    """How many of the first `until` steps of a run's trajectory were skipped, or of all. Raises TrajectoryError if it
+    can't be read."""
+    return sum(record.skipped for record in islice(Trajectory.open(trajectory), until))

@@ -131,7 +131,7 @@ def write(optimizer: MeZO, loaded: Loaded, run: RunDirectory, keep: int) -> str:
 
     gc.collect()  # the last step's batch makes room for what rank 0 gathers
     try:
-        save.write(loaded.model, loaded.tokenizer, folder, masters=masters, seal=seal)
+        save.write(loaded.model, loaded.processor, folder, masters=masters, seal=seal)
     except SharedError as error:
         return f"step {step}: no snapshot, and the run goes on without: {error}"
     left = ""

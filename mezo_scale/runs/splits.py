@@ -30,10 +30,11 @@ class EncodedSplits:
     @classmethod
     def read(cls, recipe: Recipe, kind: Kind[Any, Any]) -> "EncodedSplits":
         """Raises RecipeError or ModelError if the data is not there or does not fit."""
-        _check_positions(recipe)
+        if not kind.reads_images:
+            _check_positions(recipe)
         splits = tasks.load(recipe.task)
         parts = (splits.train, splits.dev, splits.test)
-        return cls(*([kind.encode(example) for example in part] for part in parts))
+        return cls(*(kind.encode_all(part) for part in parts))
 
     def digest(self) -> int:
         """The first 64 bits of a SHA-256 of every token and label in order, signed."""
@@ -73,11 +74,12 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Kind[Any, Any]]:
     Raises:
         RecipeError: there is no such task or objective, a field does not fit them, or the model does not answer such
             a prompt.
-        ModelError: the tokenizer can't be read, or has no mask token for a cloze.
+        ModelError: the tokenizer or image processor can't be read, or it has no mask token for a cloze.
     """
-    masked = heads.is_masked(checkpoints.find(recipe.model.name))
-    recipe = recipe.model_copy(update={"task": tasks.posed_to(recipe.task, masked)})
-    kind = tasks.kind_of(recipe.task, checkpoints.load_tokenizer(recipe.model.name))
+    config = checkpoints.find(recipe.model.name)
+    posed = tasks.posed_to(recipe.task, heads.is_masked(config), heads.is_image(config))
+    recipe = recipe.model_copy(update={"task": posed})
+    kind = tasks.kind_of(recipe.task, checkpoints.load_processor(recipe.model.name))
     section = recipe.train.model_copy(update={"objective": tasks.objective_of(recipe, kind)})
     return recipe.model_copy(update={"train": section}), kind
 

@@ -2,14 +2,9 @@
 
 import gc
 import json
-import os
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +16,7 @@ from mezo_scale.distributed import preflight
 from mezo_scale.distributed.signals import Interrupted, watch
 from mezo_scale.distributed.world import World
 from mezo_scale.models import save
-from mezo_scale.models.fingerprints import of_config, of_tokenizer
+from mezo_scale.models.fingerprints import of_config, of_processor
 from mezo_scale.models.tuning import sizes
 from mezo_scale.noise import direction_seed
 from mezo_scale.optim import eps
@@ -32,13 +27,15 @@ from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
 from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.evaluate import evaluate
+from mezo_scale.runs.evaluate import evaluate, replay_if_begun
 from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.next_commands import commands, train_command
+from mezo_scale.runs.on_dev import OnDev
 from mezo_scale.runs.rehearsal import rehearse
-from mezo_scale.runs.report import as_table, best_on_dev, results_table, write_report
+from mezo_scale.runs.report import as_table, results_table, write_report
 from mezo_scale.runs.skipping import Skips, count_skipped
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.sharding import shards
@@ -106,16 +103,40 @@ class Trainer:
             for name, baseline in self.kind.baselines(self.splits.train, self.splits.test).items():
                 results[name] = baseline.as_dict()
             self.screen.say(f"zero-shot {zero_shot.main} on test: {zero_shot}")
+        self.dev = OnDev.of_run(self.kind, self.recipe.train.patience, self.run, done)
         if done:
             begun, where = (self.start.step, f"snapshot step-{self.start.step}, ") if self.start else (0, "")
-            left = self.recipe.train.steps - done
+            left = 0 if self.dev.says_stop else self.recipe.train.steps - done
             self.screen.say(f"continuing {self.run.path}: {where}{done - begun} steps are replayed, {left} are left")
         optimizer = self._optimizer()
         assert optimizer.trajectory is not None, "a run keeps a log"
         with optimizer.trajectory:  # no other process writes this directory until the report is there
             self._tune(optimizer, results)
+            last = optimizer.step_count
             del optimizer
+            self._grade(results, last)
             self._finish(results)
+
+    def _grade(self, results: dict[str, Any], last: int) -> None:
+        """What the run came to after its last step, or after the one that the recipe keeps, added to the results."""
+        best = self.dev.best
+        step = best[0] if best is not None and self.recipe.output.checkpoint == "best" else last
+        if step != last:
+            self._rebuild(step)
+        if results.get("tuned", {}).get("step") != step:
+            tuned = self._evaluate(self.splits.test, "tuned")
+            skipped = count_skipped(self.run.trajectory, step) if self.world.rank == 0 else 0
+            results["tuned"] = {**tuned.as_dict(), "step": step, "skipped": skipped}
+        results |= self.dev.told(last, self.recipe.train.steps)
+
+    def _rebuild(self, step: int) -> None:
+        """Puts the weights after an earlier step in the place of the last ones, from the base model and the log."""
+        del self.loaded
+        self.start = None
+        gc.collect()
+        self.loaded, start = snapshots.load(self.recipe, self.world, self.run, self.screen, step)
+        take_up_adapter_(self.loaded.model, self.run)
+        replay_if_begun(self.loaded.model, self.run.trajectory, step, self.screen, start)
 
     def _finish(self, results: dict[str, Any]) -> None:
         """The checkpoint, the report, and what the screen shows of them."""
@@ -124,14 +145,12 @@ class Trainer:
             with self.memory.phase(CHECKPOINT):
                 save.write(
                     self.loaded.model,
-                    self.loaded.tokenizer,
+                    self.loaded.processor,
                     self.run.checkpoint,
-                    seal=lambda folder: add_card(folder, self.recipe, self.run, results, self._about()),
+                    seal=lambda folder: add_card(folder, self.recipe, self.run, results, self._about(results)),
                 )
         memory = self.memory.all_gib()
-        best = best_on_dev(self.run, results) if self.world.rank == 0 else None
-        results |= {"best": best} if best else {}
-        commands = self._commands(best)
+        next_ = commands(self.recipe, self.run, self.world, results)
         if self.world.rank == 0:
             write_report(
                 self.run,
@@ -140,40 +159,39 @@ class Trainer:
                 self.tuned,
                 self.run.add_evaluation(**results),
                 memory,
-                commands,
+                next_,
             )
         self.screen.show(as_table(results_table(results), title=f"{self.recipe.task.name}: {self.recipe.model.name}"))
         if STEPS in memory:
             peak, alone = memory[STEPS], memory[INFERENCE]
             self.screen.say(f"peak memory per rank {peak:.2f} GiB; inference alone {alone:.2f} GiB (same batch)")
         self.screen.say(f"report and plot: {self.run.report} {self.run.plot}")
-        for what, command in commands.items():
+        for what, command in next_.items():
             self.screen.say(f"{what}: {command}")
 
-    def _about(self) -> str:
+    def _about(self, results: dict[str, Any]) -> str:
         train, options = self.recipe.train, self.recipe.optimizer
         return (
-            f"{self.tuned}; in {train.steps:,} steps of {train.batch_size} examples by MeZO, which takes forward "
-            f"passes only (lr {options.lr:g}, eps {options.eps:g}, seed {options.seed})."
+            f"{self.tuned}; in {results['tuned']['step']:,} steps of {train.batch_size} examples by MeZO, which takes "
+            f"forward passes only (lr {options.lr:g}, eps {options.eps:g}, seed {options.seed})."
         )
 
     def _tune(self, optimizer: MeZO, results: dict[str, Any]) -> None:
-        """The steps that are left, and what the tuned model is worth, added to the results."""
-        steps = self.recipe.train.steps
+        """The steps that are left. Those of a run that has ended in order are none."""
+        done = optimizer.step_count
         if self.world.rank == 0:
             self.run.describe(self.recipe, self.world)
             snapshots.tidy(self.run)
             self.run.add_evaluation(**results)
-        if optimizer.step_count < steps or results.get("tuned", {}).get("step") != steps:
-            skipped = self._train(optimizer)
-            tuned = self._evaluate(self.splits.test, "tuned")
-            results["tuned"] = {**tuned.as_dict(), "step": steps, "skipped": skipped}
+        is_over = done == self.recipe.train.steps or self.dev.says_stop
+        if not is_over or "tuned" not in results or results.get("ended", results["tuned"])["step"] != done:
+            self._train(optimizer)
 
     def _optimizer(self) -> MeZO:
         options = self.recipe.optimizer
         if self.world.rank == 0:
             self.run.create()
-        keep_adapter(self.loaded.model, self.loaded.tokenizer, self.run)
+        keep_adapter(self.loaded.model, self.loaded.processor, self.run)
         with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
@@ -197,12 +215,12 @@ class Trainer:
         return {
             "data": f"{self.splits.digest() % 2**64:016x}",
             "config": of_config(models.checkpoints.find(self.recipe.model.name)),
-            "tokenizer": of_tokenizer(self.loaded.tokenizer),
+            **of_processor(self.loaded.processor),
             **({} if self.kind.reward is None else {"objective": self.kind.reward.digest}),
         }
 
-    def _train(self, optimizer: MeZO) -> int:
-        """The steps that are left. Returns how many of the run's steps were skipped (on rank 0)."""
+    def _train(self, optimizer: MeZO) -> None:
+        """The steps that are left, up to the last one or to the end of the run's patience."""
         recipe, total = self.recipe, self.recipe.train.steps
         log = optimizer.trajectory
         assert log is not None, "a run keeps a log"
@@ -216,8 +234,11 @@ class Trainer:
             ):
                 self._infer(optimizer.step_count)
                 self._check_eps(optimizer)
-                while optimizer.step_count < total:
+                if not self.dev.has(optimizer.step_count):  # a session was killed in the midst of it
+                    self._look_at_dev(optimizer.step_count, metrics, progress)
+                while optimizer.step_count < total and not self.dev.says_stop:
                     self._step(optimizer, metrics, progress, skips)
+                    self._look_at_dev(optimizer.step_count, metrics, progress)
                     self._keep(optimizer, progress)
                     if number := interruption.after(optimizer.step_count):
                         log.sync()
@@ -226,16 +247,14 @@ class Trainer:
                 log.sync()  # what is written from here on speaks of all steps
         finally:
             metrics.close()
-        return skips.total
 
     def _stop(self, step: int, number: int) -> None:
         """Ends the session after a signal; the file in the run directory says that the run is not over."""
         interrupted = Interrupted(number)
         if self.world.rank == 0:
             self.run.mark_interrupted(step, interrupted.signal)
-        self.screen.say(
-            f"stopped by {interrupted.signal} after step {step}; to go on from there: {self._train_command()}"
-        )
+        command = train_command(self.run, self.world)
+        self.screen.say(f"stopped by {interrupted.signal} after step {step}; to go on from there: {command}")
         raise interrupted
 
     def _infer(self, step: int) -> None:
@@ -265,13 +284,23 @@ class Trainer:
         metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds, skipped=record.skipped)
         skips.count(record)
         progress.advance(step + 1, loss, skips.total)
-        if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
-            memory_gib = self.memory.most_gib(STEPS)
-            with self.memory.phase(EVALUATION):
-                dev = evaluate(self.loaded, self.kind, self.splits.dev, recipe.train.eval_batch)
-            values = {f"dev_{name}": metric.value for name, metric in dev.metrics.items()}
-            metrics.log(step + 1, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
-            progress.note(f"step {step + 1}: {dev.main} on dev {dev}")
+
+    def _look_at_dev(self, done: int, metrics: Metrics, progress: StepProgress) -> None:
+        """Evaluates the model on dev after so many steps, if it is time."""
+        section = self.recipe.train
+        if not section.eval_every or not done or done % section.eval_every:
+            return
+        memory_gib = self.memory.most_gib(STEPS)
+        with self.memory.phase(EVALUATION):
+            dev = evaluate(self.loaded, self.kind, self.splits.dev, section.eval_batch)
+        self.dev.add(done, dev)
+        values = {f"dev_{name}": metric.value for name, metric in dev.metrics.items()}
+        metrics.log(done, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
+        if section.patience is not None:
+            metrics.sync()  # before the steps that follow are on the disk
+        progress.note(f"step {done}: {dev.main} on dev {dev}")
+        if self.dev.says_stop and done < section.steps:
+            progress.note(f"step {done}: no better on dev for {self.dev.waited} evaluation(s): the run ends here")
 
     def _keep(self, optimizer: MeZO, progress: StepProgress) -> None:
         """After a step: compares the weights among the ranks and saves a snapshot of them, if it is time."""
@@ -309,28 +338,3 @@ class Trainer:
     def _evaluate(self, rows: Sequence[Any], what: str) -> Score:
         with self.screen.counting(f"evaluating ({what})") as progress, self.memory.phase(EVALUATION):
             return evaluate(self.loaded, self.kind, rows, self.recipe.train.eval_batch, progress)
-
-    def _train_command(self) -> str:
-        """What goes on with this run as it was started."""
-        launch = f"{_programs()}mezo-scale"
-        if self.world.size > 1:
-            launch = f"{_programs()}torchrun --nproc-per-node {self.world.local_size} -m mezo_scale.cli"
-        return f"{launch} train {shlex.quote(str(self.run.path))}"
-
-    def _commands(self, best: dict[str, Any] | None) -> dict[str, str]:
-        names = (self.recipe.model.name, self.run.trajectory, self.run.path / "replayed", self.run.path / "best")
-        base, log, out, out_best = (shlex.quote(str(name)) for name in names)
-        replay = f"{_programs()}mezo-scale replay --base {base} --trajectory {log}"
-        commands = {
-            "continue this run": f"{self._train_command()} train.steps={2 * self.recipe.train.steps}",
-            "rebuild its weights": f"{replay} --out {out}",
-        }
-        if best is not None:
-            commands["rebuild those best on dev"] = f"{replay} --until {best['step']} --out {out_best}"
-        return commands
-
-
-def _programs() -> str:
-    """The folder of this environment's commands, as a prefix; empty if it is on the PATH."""
-    programs = Path(sys.executable).parent
-    return "" if shutil.which("mezo-scale") == str(programs / "mezo-scale") else f"{os.path.relpath(programs)}/"

@@ -50,23 +50,24 @@ def table(lines: Sequence[dict[str, str]]) -> Table:
 
 def _status(run: Path, job: Job | None, number: int) -> dict[str, str]:
     files = RunDirectory(run)
-    steps = recipes.load(run).train.steps
+    train = recipes.load(run).train
+    steps, has_ended = train.steps, files.has_ended(train)
     done = len(Trajectory.open(files.trajectory)) if files.trajectory.is_file() else 0
     lines = [line for line in files.read_metrics() if "loss" in line][-_RECENT:]
     rate = sum(line["seconds"] for line in lines) / len(lines) if lines else None
     return {
         "run": str(run),
-        "state": ", ".join(_state(files, job, number, done, steps)),
+        "state": "finished" if has_ended and done else ", ".join(_state(files, job, number, done)),
         "step": f"{done}/{steps}",
         "s/step": "" if rate is None else f"{rate:.2f}",
-        "left": "" if rate is None or done >= steps else str(timedelta(seconds=round(rate * (steps - done)))),
+        "left": ""
+        if rate is None or has_ended or done >= steps
+        else str(timedelta(seconds=round(rate * (steps - done)))),
         "last losses": " ".join(f"{line['loss']:.4f}" for line in lines[-3:]),
     }
 
 
-def _state(files: RunDirectory, job: Job | None, number: int, done: int, steps: int) -> list[str]:
-    if done >= steps and files.read_evaluation().get("tuned", {}).get("step") == steps:
-        return ["finished"]
+def _state(files: RunDirectory, job: Job | None, number: int, done: int) -> list[str]:
     said = []
     if job is not None and job.id is not None:
         element = f"{job.id}_{number}" if job.runs else job.id

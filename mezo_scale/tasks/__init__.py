@@ -7,20 +7,20 @@ one module in `kinds/`.
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, TaskSection
-from mezo_scale.tasks.example import Dialogue, Example, Question
-from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE
+from mezo_scale.tasks.example import Dialogue, Example, Passage, Picture, Question
+from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE, IMAGE, TEXT
 from mezo_scale.tasks.reward import Reward, is_reward
 from mezo_scale.tasks.rows import has_mask
-from mezo_scale.tasks.splits import Splits, read_examples, split
+from mezo_scale.tasks.splits import Splits, split
 from mezo_scale.tasks.suite import (
     aqua,
     boolq,
     cb,
+    cifar10,
     copa,
     drop,
     mnli,
@@ -35,6 +35,7 @@ from mezo_scale.tasks.suite import (
     sst5,
     trec,
     wic,
+    wikitext,
     wsc,
 )
 from mezo_scale.tasks.task import FILLING_IN, SOME_TAKE, NamedKind, Task
@@ -49,6 +50,8 @@ __all__ = [
     "Kind",
     "Metric",
     "NamedKind",
+    "Passage",
+    "Picture",
     "Question",
     "Score",
     "Splits",
@@ -68,6 +71,8 @@ _TASKS: dict[str, Task] = {
     "choice": CHOICE,
     "answer": ANSWER,
     "chat": CHAT,
+    "text": TEXT,
+    "image": IMAGE,
     "sentiment": sentiment.TASK,
     "sst2": sst2.TASK,
     "rte": rte.TASK,
@@ -86,6 +91,8 @@ _TASKS: dict[str, Task] = {
     "mnli": mnli.TASK,
     "piqa": piqa.TASK,
     "aqua": aqua.TASK,
+    "wikitext": wikitext.TASK,
+    "cifar10": cifar10.TASK,
 }
 
 _LATER = {
@@ -114,19 +121,23 @@ def register(name: str, task: Task) -> None:
     _TASKS[name] = task
 
 
-def posed_to(section: TaskSection, masked: bool) -> TaskSection:
+def posed_to(section: TaskSection, masked: bool, images: bool = False) -> TaskSection:
     """The section as it is posed to a model: to a masked language model by the task's cloze, if it has no template.
 
     A task whose kind is from outside the package is left alone: the kind knows which models it is for.
 
     Args:
         masked: whether it is a masked language model, or a causal one.
+        images: whether it is an image classifier, and no language model at all.
 
     Raises:
-        RecipeError: the prompt is for models of the other sort, or there is none.
+        RecipeError: the task or the prompt is for models of another sort, or there is none.
     """
     task, template = _find(section), section.template
     if not isinstance(task.kind, NamedKind):
+        return section
+    _check_sort(section, task.kind, images)
+    if images:
         return section
     if not masked:
         if has_mask(template):
@@ -162,17 +173,23 @@ def examples(section: TaskSection) -> Mapping[str, Sequence[Any]]:
     Raises:
         RecipeError: there is no such task, its data is wrong, or it does not read rows.
     """
-    pose = _find(section).pose
-    if pose is None:
+    parts = _find(section).parts
+    if parts is None:
         raise RecipeError(f"task.name: {section.name} does not read its data row by row, expected a task that does")
-    return read_examples(section, partial(pose, section))
+    return parts(section)
 
 
-def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
-    """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit."""
+def kind_of(section: TaskSection, processor: Any) -> "Kind[Any, Any]":
+    """The kind of the recipe's task, for a run. Raises RecipeError if there is no such task, or it does not fit.
+
+    Args:
+        processor: the model's tokenizer, or what it reads images with, which says so by `reads_images`.
+    """
     task = _find(section)
+    if isinstance(task.kind, NamedKind):
+        _check_sort(section, task.kind, getattr(processor, "reads_images", False))
     is_cloze = task.cloze is not None and has_mask(section.template)
-    kind = (FILLING_IN if is_cloze else task.kind)(tokenizer, section)
+    kind = (FILLING_IN if is_cloze else task.kind)(processor, section)
     if section.metric is not None and section.metric not in kind.metrics:
         raise RecipeError(
             f"task.metric: found {section.metric!r} for task.name={section.name}; "
@@ -215,6 +232,16 @@ def _objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
             f"score; {_nearest(name, kind.objectives)}"
         )
     return name
+
+
+def _check_sort(section: TaskSection, kind: NamedKind, images: bool) -> None:
+    """Raises RecipeError unless the task is for the sort of model that there is."""
+    if kind.reads_images != images:
+        sorts = ("a language model", "an image classifier")
+        raise RecipeError(
+            f"model.name is {sorts[images]}, but task.name is {section.name}, which is for {sorts[not images]}: give "
+            f"{sorts[not images]}, or a task for {sorts[images]}"
+        )
 
 
 def _find(section: TaskSection) -> Task:

@@ -1,8 +1,11 @@
 """What tasks make of their rows: a prompt, and what is right after it."""
 
+import hashlib
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+_SHOWN = 400  # characters of a text
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,50 @@ class Dialogue:
         """For JSON: prompt (the turns, one after the other), candidates (none), gold (the answer)."""
         prompt = "\n".join(f"{role}: {content}" for role, content in self.turns)
         return {"prompt": prompt, "candidates": [], "gold": [self.answer]}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Running text.
+
+    Attributes:
+        most: blocks of it that are used at most; None: all.
+        seed: of the permutation that they are drawn by, where there are more.
+    """
+
+    text: str
+    most: int | None = None
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: prompt (the beginning of the text), candidates and gold (none)."""
+        return {"prompt": self.text.strip()[:_SHOWN], "candidates": [], "gold": []}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, and what it shows.
+
+    Attributes:
+        data: its file.
+        label: the number of its class, or the class' name.
+        place: where a person finds it.
+    """
+
+    data: bytes = field(repr=False)
+    label: int | str
+    place: str = field(default="", compare=False)
+
+    @property
+    def asked(self) -> Hashable:
+        """What tells the image from others."""
+        return hashlib.sha256(self.data).digest()
+
+    def contradicts(self, other: "Picture") -> str | None:
+        """What one image can't be both of, in words; None if they agree."""
+        return None if self.label == other.label else f"the labels {self.label} and {other.label}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: prompt (what is known of the file), candidates (none), gold (the label)."""
+        about = f"{self.place}: an image of {len(self.data):,} bytes"
+        return {"prompt": about, "candidates": [], "gold": [str(self.label)]}

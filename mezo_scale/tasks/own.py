@@ -1,4 +1,4 @@
-"""Tasks for data of one's own, declared by a recipe alone: a choice, a written answer, a chat's last turn."""
+"""Tasks for data of one's own, declared by a recipe alone: a choice, an answer, a chat's last turn, a text, images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.example import Dialogue, Example, Question
+from mezo_scale.tasks.passages import running_text
+from mezo_scale.tasks.pictures import pictures
 from mezo_scale.tasks.posing import cloze_of, own_candidates, refuse_candidates
 from mezo_scale.tasks.rows import column, fill, has_mask, text_of, unlike_text
 from mezo_scale.tasks.tables import Row, shown
@@ -153,4 +155,8 @@ ANSWER = Task.of_rows(
 )
 CHAT = Task.of_rows(
     pose_chat, CHATTING, "your own chats: the assistant's last turn, by the tokenizer's chat template", ("messages",)
+)
+TEXT = running_text("your own text: every token is predicted, by perplexity", takes=("text_column",))
+IMAGE = pictures(
+    "your own images: one of the model's classes", "image", takes=("image_column", "label_column", "labels")
 )

@@ -225,7 +225,7 @@ def _from_hub(section: TaskSection) -> dict[str, list[Row]]:
     name = section.data if section.subset is None else f"{section.data}, {section.subset}"
     try:
         found = load_dataset(section.data, section.subset)
-        splits = {part: list(found[part]) for part in GIVEN if part in found}
+        splits = {part: list(_undecoded(found[part])) for part in GIVEN if part in found}
     except Exception as error:  # the hub's client has a dozen roots of its own
         raise RecipeError(
             f"task.data: {name!r} is neither a file nor a dataset that the hub gives ({shown([error], 200)}): where "
@@ -243,6 +243,16 @@ def _from_hub(section: TaskSection) -> dict[str, list[Row]]:
         for part, rows in splits.items()
     }
     return {"all": parts["train"]} if len(parts) == 1 else parts
+
+
+def _undecoded(rows: Any) -> Any:
+    """A dataset whose images stay the files that they are."""
+    from datasets import Image
+
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
 
 
 def _is_unlabelled(rows: Sequence[Mapping[str, Any]], section: TaskSection) -> bool:

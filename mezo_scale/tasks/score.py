@@ -2,52 +2,43 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mezo_scale import collectives
-
-
-class _Estimate:
-    """Something of which one is sure to within an interval."""
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the 95% interval; None where there is no value, and of what has none: macro_f1, losses."""
-        return self._interval[0] if self._interval else None
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95% interval; likewise."""
-        return self._interval[1] if self._interval else None
-
-    @property
-    def _interval(self) -> tuple[float, float] | None:
-        raise NotImplementedError
+from mezo_scale.tasks.estimate import Estimate, Z
+from mezo_scale.tasks.perplexity import Perplexity
 
 
 @dataclass(frozen=True)
-class Metric(_Estimate):
+class Metric(Estimate):
     """The mean of one quantity over rows. Metrics of different rows of a split add up.
 
     Attributes:
         total: sum of the quantity over the rows whose value is finite.
         n: rows, those without a finite value among them.
         not_finite: rows without a finite value, counted apart.
-        bounded: whether the quantity lies between 0 and 1, and more is better. A row without a finite value then
-            counts as 0; otherwise there is no mean as long as there is such a row.
+        bounded: whether the quantity is a share of 1, of which more is better. A row without a finite value then counts
+            as 0; otherwise there is no mean as long as there is such a row.
+        more_is_better: of two models, whether the one with more of it is the better one.
     """
 
     total: float
     n: int
     not_finite: int = 0
     bounded: bool = True
+    more_is_better: bool = True
 
     @classmethod
-    def of(cls, values: Sequence[float], *, bounded: bool = True) -> "Metric":
-        """The metric of these rows; NaN or infinity where a row has no value."""
+    def of(cls, values: Sequence[float], *, bounded: bool = True, more_is_better: bool | None = None) -> "Metric":
+        """The metric of these rows; NaN or infinity where a row has no value.
+
+        Args:
+            more_is_better: None: of what is bounded; what has no bound is taken for a loss.
+        """
         finite = [float(value) for value in values if math.isfinite(value)]
-        return cls(math.fsum(finite), len(values), len(values) - len(finite), bounded)
+        more = bounded if more_is_better is None else more_is_better
+        return cls(math.fsum(finite), len(values), len(values) - len(finite), bounded, more)
 
     @property
     def value(self) -> float | None:
@@ -67,7 +58,7 @@ class Metric(_Estimate):
 
     def of_parts(self, parts: Sequence[float]) -> "Metric":
         """The same metric over the rows that these are the sums of."""
-        return Metric(parts[0], round(parts[1]), round(parts[2]), self.bounded)
+        return replace(self, total=parts[0], n=round(parts[1]), not_finite=round(parts[2]))
 
     def __str__(self) -> str:
         if self.value is None:
@@ -76,7 +67,7 @@ class Metric(_Estimate):
 
 
 @dataclass(frozen=True)
-class ByClass(_Estimate):
+class ByClass(Estimate):
     """A mean over classes, each counting alike, however many rows it has. Metrics of different rows of a split add up.
 
     macro_f1: of the classes' F1, 2 right / (found + there). balanced_accuracy: of the classes' recall, right / there.
@@ -95,6 +86,7 @@ class ByClass(_Estimate):
     not_finite: int = 0
 
     bounded: ClassVar[bool] = True
+    more_is_better: ClassVar[bool] = True
 
     @classmethod
     def of(cls, name: str, chosen: Sequence[int | None], labels: Sequence[int], classes: int) -> "ByClass":
@@ -147,6 +139,9 @@ class ByClass(_Estimate):
         return "none" if self.value is None else f"{self.value:.1%}"
 
 
+AnyMetric = Metric | ByClass | Perplexity
+
+
 @dataclass(frozen=True)
 class Score:
     """A model on some rows of a split. Scores of different rows add up.
@@ -156,7 +151,7 @@ class Score:
         main: the one that decides.
     """
 
-    metrics: Mapping[str, Metric | ByClass]
+    metrics: Mapping[str, AnyMetric]
     main: str
 
     def __post_init__(self) -> None:
@@ -173,6 +168,12 @@ class Score:
         """Rows without a finite value of the main metric."""
         return self.metrics[self.main].not_finite
 
+    @property
+    def merit(self) -> float:
+        """By which scores are compared: the main metric, negated where less of it is better; -inf without a value."""
+        main = self.metrics[self.main]
+        return -math.inf if main.value is None else main.value if main.more_is_better else -main.value
+
     def __add__(self, other: "Score") -> "Score":
         summed = {name: metric.of_parts(_sum(metric, other.metrics[name])) for name, metric in self.metrics.items()}
         return Score(summed, self.main)
@@ -184,9 +185,10 @@ class Score:
         return Score(summed, self.main)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: main, more_is_better (of it), count, not_finite, and each metric's value by its name. A metric
-        that has an interval has it under "interval_95" if it is the main one, else under "NAME_interval_95"."""
-        found: dict[str, Any] = {"main": self.main, "more_is_better": self.metrics[self.main].bounded}
+        """For JSON: main, more_is_better and bounded (of it), count, not_finite, and each metric's value by its name. A
+        metric that has an interval has it under "interval_95" if it is the main one, else under "NAME_interval_95"."""
+        main = self.metrics[self.main]
+        found: dict[str, Any] = {"main": self.main, "more_is_better": main.more_is_better, "bounded": main.bounded}
         found |= {"count": self.count, "not_finite": self.not_finite}
         for name, metric in self.metrics.items():
             found[name] = metric.value
@@ -197,11 +199,12 @@ class Score:
     def __str__(self) -> str:
         known = {name: metric for name, metric in self.metrics.items() if metric.value is not None}
         others = "".join(f", {name} {metric}" for name, metric in known.items() if name != self.main)
-        wrong = f", {self.not_finite} not finite and counted as wrong" if self.not_finite else ""
+        counted = " and counted as wrong" if self.metrics[self.main].bounded else ""
+        wrong = f", {self.not_finite} not finite{counted}" if self.not_finite else ""
         return f"{self.metrics[self.main]}{others}, {self.count:,} examples{wrong}"
 
 
-def _sum(one: Metric | ByClass, other: Metric | ByClass) -> list[float]:
+def _sum(one: AnyMetric, other: AnyMetric) -> list[float]:
     return [mine + theirs for mine, theirs in zip(one.parts, other.parts, strict=True)]
 
 
@@ -210,7 +213,7 @@ def interval_key(name: str, main: str) -> str:
     return "interval_95" if name == main else f"{name}_interval_95"
 
 
-def wilson(total: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(total: float, count: int, z: float = Z) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson, 1927), total / count.
 
     Of all quantities between 0 and 1 with one mean, the proportion varies most: of any other the interval is no less

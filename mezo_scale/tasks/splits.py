@@ -21,16 +21,17 @@ class Posed(Protocol):
     def contradicts(self, other: Any) -> str | None: ...
 
 
+Item = TypeVar("Item")
 E = TypeVar("E", bound=Posed)
 
 
 @dataclass(frozen=True)
-class Splits(Generic[E]):
+class Splits(Generic[Item]):
     """A task's examples, in three parts that share none."""
 
-    train: tuple[E, ...]
-    dev: tuple[E, ...]
-    test: tuple[E, ...]
+    train: tuple[Item, ...]
+    dev: tuple[Item, ...]
+    test: tuple[Item, ...]
 
 
 def read_splits(section: TaskSection, make: Callable[[Row], E | None]) -> Splits[E]:
@@ -145,7 +146,7 @@ def read_examples(section: TaskSection, make: Callable[[Row], E | None]) -> Mapp
                 parts[name].append(example)
             elif problem := first.contradicts(example):
                 raise RecipeError(
-                    f"task.data: {where.place} and {row.place} have one text, but {problem}: keep one of them, or "
+                    f"task.data: {where.place} and {row.place} ask the same, but {problem}: keep one of them, or "
                     "name a column in task.template that tells them apart"
                 )
         if not parts[name]:
@@ -169,6 +170,6 @@ def split(examples: Sequence[E], train: int, dev: int, test: int, seed: int) -> 
     return Splits(test=drawn[:test], dev=drawn[test : test + dev], train=drawn[test + dev :])
 
 
-def draw(examples: Sequence[E], count: int, seed: int) -> tuple[E, ...]:
+def draw(examples: Sequence[Item], count: int, seed: int) -> tuple[Item, ...]:
     """The first `count` examples of a seeded permutation, or all of them where there are fewer."""
     return tuple(examples[index] for index in permutation(seed, 0, len(examples))[:count])

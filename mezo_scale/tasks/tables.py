@@ -192,10 +192,16 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Row]:
         yield Row(fields, f"row {number} of {name}")
 
 
+def _text(file: BinaryIO, name: str) -> Iterator[Row]:
+    text = "".join(_lines(file, name))
+    return iter([Row({"text": text}, name)] if text.strip() else [])
+
+
 READERS: Mapping[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
     ".csv": partial(_delimited, delimiter=",", called="comma"),
     ".tsv": partial(_delimited, delimiter="\t", called="tab"),
     ".jsonl": _json_lines,
     ".json": _json_array,
     ".parquet": _parquet,
+    ".txt": _text,  # one row
 }

@@ -1,19 +1,19 @@
 """What a task is, for those who list tasks and those who run them. Nothing here imports torch, which kinds need."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mezo_scale.recipe import TaskSection
-from mezo_scale.tasks.splits import Splits, read_splits
+from mezo_scale.tasks.splits import Splits, read_examples, read_splits
 from mezo_scale.tasks.tables import Row
 
 if TYPE_CHECKING:
     from mezo_scale.tasks.kinds.kind import Kind
 
-SOME_TAKE = ("label_column", "labels", "answer_column")
+SOME_TAKE = ("label_column", "labels", "answer_column", "text_column", "image_column")
 
 Pose = Callable[[TaskSection, Row], Any]
 """The example of a row, or None where a row has none.
@@ -30,11 +30,13 @@ class NamedKind:
         name: of its module in `kinds/`.
         made_by: the class in it.
         metric: the main metric of its scores.
+        reads_images: whether it is for image classifiers; else for language models.
     """
 
     name: str
     made_by: str
     metric: str
+    reads_images: bool = False
 
     def __call__(self, tokenizer: Any, section: TaskSection) -> "Kind[Any, Any]":
         module = importlib.import_module(f"mezo_scale.tasks.kinds.{self.name}")
@@ -46,6 +48,8 @@ CHOOSING = NamedKind("candidates", "Candidates", "accuracy")
 WRITING = NamedKind("generation", "Generation", "f1")
 CHATTING = NamedKind("chat", "Chat", "f1")
 FILLING_IN = NamedKind("cloze", "ClozeChoice", "accuracy")
+MODELING = NamedKind("modeling", "Modeling", "perplexity")
+SEEING = NamedKind("images", "Images", "accuracy", reads_images=True)
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Task:
 
     Attributes:
         load: its examples, from the recipe's section.
-        kind: makes its kind for a run, from the model's tokenizer and the recipe's section.
+        kind: makes its kind for a run, from the model's tokenizer, or what it reads images with, and the recipe's
+            section.
         about: what it is, in a few words.
         columns: what its data must have.
-        pose: how it makes an example of a row; None where it does not read rows.
+        parts: all its examples in the order of its data, by the parts that the data has; None where that can't be said.
         objective: what is minimised where a recipe does not say; None: the kind's first.
         takes: the fields of the recipe's section that only some tasks read (SOME_TAKE), those of them that it does.
         cloze: its template for masked language models, with {mask}; empty where a recipe has to give one; None where
@@ -68,7 +73,7 @@ class Task:
     kind: "Callable[[Any, TaskSection], Kind[Any, Any]]"
     about: str = ""
     columns: tuple[str, ...] = ()
-    pose: Pose | None = None
+    parts: Callable[[TaskSection], Mapping[str, Sequence[Any]]] | None = None
     objective: str | None = None
     takes: tuple[str, ...] = ()
     cloze: str | None = None
@@ -89,4 +94,7 @@ class Task:
         def load(section: TaskSection) -> Splits[Any]:
             return read_splits(section, partial(pose, section))
 
-        return cls(load, kind, about, columns, pose, objective, takes, cloze)
+        def parts(section: TaskSection) -> Mapping[str, Sequence[Any]]:
+            return read_examples(section, partial(pose, section))
+
+        return cls(load, kind, about, columns, parts, objective, takes, cloze)

@@ -7,6 +7,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def test_the_rate_that_is_best_on_dev_stands_in_the_table() -> None:
     assert comparison_report._chosen([runs[:2], runs[2:], lacking]) == runs[:2]
     assert comparison_report._chosen([lacking]) == lacking[:1]
     assert comparison_report._chosen([lacking[1:]]) == []
+    less = [[replace(run, more_is_better=False) for run in runs] for runs in (runs[:2], runs[2:])]
+    assert comparison_report._chosen(less) == less[1]
 
 
 @pytest.mark.parametrize(("count", "t"), [(2, 12.7062), (5, 2.7764), (10, 2.2622), (12, 2.2010), (31, 2.0423)])

@@ -103,7 +103,10 @@ def test_a_model_that_writes_no_text_is_refused(
 ) -> None:
     model = with_config(model_folder, tmp_path / "vit", model_type="vit")
     message = refused(run, tmp_path, "train", recipe_file, f"model.name={model}")
-    assert "is a vit model, expected a causal or a masked language model" in message
+    assert "is an image classifier, but task.name is sentiment, which is for a language model" in message
+    model = with_config(model_folder, tmp_path / "speech", model_type="wav2vec2")
+    message = refused(run, tmp_path, "train", recipe_file, f"model.name={model}")
+    assert "is a wav2vec2 model, expected a causal or a masked language model, or an image classifier" in message
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(

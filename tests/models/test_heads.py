@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     RobertaConfig,
     ViTConfig,
+    Wav2Vec2Config,
 )
 
 from mezo_scale import models
@@ -54,8 +55,13 @@ def test_a_model_is_masked_unless_it_was_saved_as_a_causal_one(config: Any, is_m
 
 
 def test_a_model_of_neither_kind_is_refused() -> None:
+    with pytest.raises(
+        ModelError, match="it is a wav2vec2 model, expected a causal or a masked language model, or an im"
+    ):
+        heads.check("it", Wav2Vec2Config())
+    heads.check("it", ViTConfig())
     with pytest.raises(ModelError, match="it is a vit model, expected a causal or a masked language model"):
-        heads.check("it", ViTConfig())
+        heads.check_language("it", ViTConfig())
 
 
 def test_a_masked_model_without_its_head_is_refused(tmp_path: Path) -> None:
@@ -83,7 +89,7 @@ def there_and_back(name: str, folder: str, strategy: str, out: str) -> tuple[str
     with torch.no_grad():
         difference = candidate_scores(loaded.model, batch) - candidate_scores(plain, batch)
     stored = sum(shard.local.numel() for shard in shards(loaded.model))
-    save.write(loaded.model, loaded.tokenizer, Path(out))
+    save.write(loaded.model, loaded.processor, Path(out))
     return type(loaded.model).__name__, difference.abs().max().item(), stored
 
 
@@ -130,8 +136,8 @@ def test_random_weights_of_a_masked_shape_are_the_same_in_every_layout(ranks: Ra
     whole = ranks(1, random_logits, folder=str(tmp_path), strategy="single")
     sharded = ranks(2, random_logits, folder=str(tmp_path), strategy="fsdp2")
     assert sharded == pytest.approx(whole * 2, rel=1e-5)
-    assert checkpoints.load_tokenizer("random:roberta-base").mask_token_id is not None
-    assert checkpoints.load_tokenizer("random:opt-125m").mask_token_id is None
+    assert checkpoints.load_processor("random:roberta-base").mask_token_id is not None
+    assert checkpoints.load_processor("random:opt-125m").mask_token_id is None
 
 
 def test_a_dry_run_counts_the_logits_at_the_masks_alone() -> None:

@@ -47,7 +47,7 @@ def there_and_back(folder: str, strategy: str, out: str) -> tuple[float, int, in
     with torch.no_grad():
         difference = candidate_scores(loaded.model, batch) - candidate_scores(plain, batch)
     stored = sum(shard.local.numel() for shard in shards(loaded.model))
-    save.write(loaded.model, loaded.tokenizer, Path(out))
+    save.write(loaded.model, loaded.processor, Path(out))
     return difference.abs().max().item(), stored, sum(parameter.numel() for parameter in plain.parameters())
 
 
@@ -132,7 +132,7 @@ def test_compute_in_bfloat16_is_near_and_not_the_same(ranks: Ranks, tmp_path: Pa
 def evaluation(folder: str, strategy: str, batch_size: int) -> Score:
     wanted = recipe(folder, strategy)
     loaded = models.load(wanted, world())
-    return evaluate(loaded, Candidates(loaded.tokenizer, wanted.task), EXAMPLES, batch_size)
+    return evaluate(loaded, Candidates(loaded.processor, wanted.task), EXAMPLES, batch_size)
 
 
 def test_an_evaluation_counts_every_example_once_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:

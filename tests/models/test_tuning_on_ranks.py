@@ -51,7 +51,7 @@ def tuned(
     mine = EXAMPLES[axes.rows_rank(rank) :: axes.rows_size]
     for _ in range(3):
         optimizer.step(batch=collate(mine, pad_id=0), objective=candidates_loss)
-    save.write(loaded.model, loaded.tokenizer, Path(out))
+    save.write(loaded.model, loaded.processor, Path(out))
     return begun, frozen_hash(loaded.model) == before, sizes(loaded.model)
 
 

@@ -29,8 +29,8 @@ def test_every_example_counts_once_whatever_the_batch_size() -> None:
 
     examples = [Encoded(tokens(2 + n % 5), ((7,), (8,)), n % 2) for n in range(11)]
     loaded = Loaded(material.build("llama"), material.tokenizer(), torch.device("cpu"), Strategy("single"))
-    loaded.tokenizer.pad_token_id = 0
-    kind = Candidates(loaded.tokenizer, TaskSection(data="d"))
+    loaded.processor.pad_token_id = 0
+    kind = Candidates(loaded.processor, TaskSection(data="d"))
     scores = [by_hand(loaded.model, example) for example in examples]
     right = sum((score[1] > score[0]) == example.label for score, example in zip(scores, examples, strict=True))
     for batch_size in (1, 4, 50):

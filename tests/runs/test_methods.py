@@ -70,7 +70,7 @@ def test_every_method_leaves_the_files_of_a_run_and_is_listed(make: Make, method
     recipe = make(method, *overrides)
     train(recipe)
     found = results(recipe)
-    assert set(found) == {"majority", "zero_shot", key}
+    assert set(found) == {"majority", "zero_shot", key} | ({"ended", "best"} if method == "adamw" else set())
     assert found[key]["main"] == "accuracy"
     assert found[key]["count"] == 32
     report = (recipe.directory / "report.md").read_text()

@@ -70,7 +70,7 @@ def test_overflow_in_float16_is_not_graded(make_recipe: MakeRecipe, tmp_path: Pa
 
 def loaded_with_one_token_spoilt() -> Loaded:
     loaded = Loaded(material.build("llama-untied"), material.tokenizer(), torch.device("cpu"), Strategy("single"))
-    loaded.tokenizer.pad_token_id = 0
+    loaded.processor.pad_token_id = 0
     with torch.no_grad():
         loaded.model.get_input_embeddings().weight[50] = float("nan")
     return loaded
@@ -81,7 +81,7 @@ def test_an_example_without_finite_scores_counts_as_wrong_and_apart(candidates: 
     loaded = loaded_with_one_token_spoilt()
     good = [Encoded((20 + n, 21), candidates, n % 2) for n in range(6)]
     spoilt = [Encoded((50, 21), candidates, 0)]  # argmax of NaN is 0, its label
-    kind = Candidates(loaded.tokenizer, TaskSection(data="d"))
+    kind = Candidates(loaded.processor, TaskSection(data="d"))
     whole = evaluate(loaded, kind, good, 4)
     assert (whole.not_finite, whole.metrics["loss"].value is None) == (0, False)
     for batch_size in (1, 3, 7):
@@ -99,7 +99,7 @@ def test_an_example_without_finite_scores_counts_as_wrong_and_apart(candidates: 
 def test_what_only_fills_up_a_row_is_no_candidate(longer: tuple[int, ...]) -> None:
     loaded = loaded_with_one_token_spoilt()
     examples = [Encoded((20,), ((7,), (8,), longer), 2), Encoded((21,), ((7,), (8,)), 1)]
-    kind = Candidates(loaded.tokenizer, TaskSection(data="d"))
+    kind = Candidates(loaded.processor, TaskSection(data="d"))
     found, alone = evaluate(loaded, kind, examples, 2), evaluate(loaded, kind, examples, 1)
     assert found.not_finite == 0
     assert found.metrics["loss"].value == pytest.approx(alone.metrics["loss"].value, rel=1e-4)

@@ -65,7 +65,7 @@ def test_a_csv_with_words_as_labels_is_tuned_on_by_lines_of_a_recipe(
     shown = capsys.readouterr().out
     found = results(recipe)
     best = found.pop("best")
-    assert (best["metric"], best["step"] in (2, 4)) == ("macro_f1", True)
+    assert (best["metric"], best["step"] in (2, 4), found.pop("ended")) == ("macro_f1", True, {"step": 4})
     assert found.keys() == {"zero_shot", "majority", "tuned"}
     assert {entry["main"] for entry in found.values()} == {"macro_f1"}
     assert 0 < found["majority"]["macro_f1"] < found["majority"]["accuracy"]
@@ -129,7 +129,10 @@ def test_a_function_is_what_a_run_learns_from_and_it_is_reported(
     recipe = make_recipe(*CHOICE, "objective=scores:praise")
     train(recipe)
     found = results(recipe)
+    best, dev = found.pop("best"), [line["dev_reward"] for line in steps(recipe) if "dev_reward" in line]
+    assert (found.pop("ended"), best["metric"], best["value"]) == ({"step": 4}, "reward", max(dev))
     assert {entry["main"] for entry in found.values()} == {"reward"}
+    assert all(entry["more_is_better"] and not entry["bounded"] for entry in found.values())
     for entry in found.values():
         assert entry["reward"] == entry["accuracy"]
     assert "zero-shot reward on test: " in capsys.readouterr().out

@@ -49,7 +49,8 @@ def test_a_run_leaves_behind_all_that_it_promises(make_recipe: MakeRecipe, capsy
     assert [record.loss for record in records] == [line["loss"] for line in lines if "loss" in line]
 
     results = json.loads((run / "evaluation.json").read_text())
-    assert results.keys() == {"zero_shot", "majority", "tuned", "best"}
+    assert results.keys() == {"zero_shot", "majority", "tuned", "ended", "best"}
+    assert results.pop("ended") == {"step": 4}
     dev = {line["step"]: line["dev_accuracy"] for line in lines if "dev_accuracy" in line}
     best = results.pop("best")
     assert best == {"step": max(dev, key=dev.__getitem__), "metric": "accuracy", "value": max(dev.values())}

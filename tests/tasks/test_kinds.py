@@ -80,13 +80,14 @@ def test_a_kind_from_outside_is_trained_evaluated_and_reported(
     results = json.loads((recipe.directory / "evaluation.json").read_text())
     assert results["tuned"]["surprise"] < results["zero_shot"]["surprise"]
     assert results["tuned"]["main"] == "surprise"
-    assert results.keys() == {"zero_shot", "tuned"}
+    assert results.keys() == {"zero_shot", "tuned", "ended", "best"}
     dev = [
         line["dev_surprise"]
         for line in map(json.loads, (recipe.directory / "metrics.jsonl").open())
         if "dev_surprise" in line
     ]
     assert len(dev) == 2
+    assert results["best"]["value"] == min(dev)
     assert f"step 40: surprise on dev {dev[1]:.4f}, 16 examples" in shown
     report = (recipe.directory / "report.md").read_text()
     assert "| test split | surprise | 95% interval | examples |" in report

@@ -74,6 +74,7 @@ def test_a_score_is_written_under_its_metrics_names() -> None:
     assert found.as_dict() == {
         "main": "f1",
         "more_is_better": True,
+        "bounded": True,
         "count": 2,
         "not_finite": 0,
         "f1": 0.5,

@@ -11,6 +11,7 @@ import torch
 
 from mezo_scale import tasks
 from mezo_scale.errors import RecipeError
+from mezo_scale.models.vision import ImageReader
 from mezo_scale.recipe import Recipe, TaskSection
 from mezo_scale.tasks import Example, NamedKind
 from mezo_scale.tasks.example import Cloze
@@ -74,7 +75,7 @@ def test_answers_may_be_a_list_of_structs(tmp_path: Path) -> None:
     assert found.answers == (" Orla", " she")
 
 
-OWN = {"sentiment", "choice", "answer", "chat"}  # for data of one's own: their tests are elsewhere
+OWN = {"sentiment", "choice", "answer", "chat", "text", "wikitext", "image", "cifar10"}  # tested elsewhere
 COLUMNS = [(name, column) for name, task in tasks.known().items() for column in task.columns if name not in OWN]
 
 
@@ -169,9 +170,9 @@ def test_rows_of_one_prompt_are_different_questions_where_their_answers_or_place
     assert len(examples(tmp_path, "record", ROWS["record"], ROWS["record"] | other, ROWS["record"])) == 2
     place = {"span2_index": 5, "label": 0}
     assert [one.label for one in examples(tmp_path, "wsc", ROWS["wsc"], ROWS["wsc"] | place, ROWS["wsc"])] == [1, 0]
-    with pytest.raises(RecipeError, match="line 1 of .* and line 2 of .* have one text, but the labels 1 and 0"):
+    with pytest.raises(RecipeError, match="line 1 of .* and line 2 of .* ask the same, but the labels 1 and 0"):
         examples(tmp_path, "wsc", ROWS["wsc"], ROWS["wsc"] | {"label": 0})
-    with pytest.raises(RecipeError, match="have one text, but the labels 1 and 0"):
+    with pytest.raises(RecipeError, match="ask the same, but the labels 1 and 0"):
         examples(tmp_path, "record", ROWS["record"], ROWS["record"] | {"answers": ["Brem"]})
 
 
@@ -214,10 +215,10 @@ def test_thirty_sentences_after_one_passage_are_scored_from_their_first_token_to
 
 
 def test_every_task_says_what_it_is_and_its_metric_is_the_main_one_of_its_kind() -> None:
-    tokenizer = material.chat_tokenizer()
+    tokenizer, reader = material.chat_tokenizer(), ImageReader(None, ("cat", "dog"), 3)
     for name, task in tasks.known().items():
-        kind = task.kind(tokenizer, TaskSection(name=name, data="d"))
         assert isinstance(task.kind, NamedKind)
+        kind = task.kind(reader if task.kind.reads_images else tokenizer, TaskSection(name=name, data="d"))
         assert kind.score([], []).main == task.kind.metric
         assert task.about
         assert task.columns

@@ -206,9 +206,9 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
         "row 1 of .* has a bytes in text, expected text",
     ),
     (
-        "d.txt",
+        "d.dat",
         table(),
-        r"the type of .*d\.txt is not known by its name, expected \.csv, \.tsv, \.jsonl, \.json, \.parquet",
+        r"the type of .*d\.dat is not known by its name, expected \.csv, \.tsv, \.jsonl, \.json, \.parquet",
     ),
 ]
 

@@ -53,7 +53,7 @@ def test_one_text_with_two_labels_is_refused_by_both_its_lines(tmp_path: Path) -
     path = tmp_path / "both.csv"
     path.write_text("text,label\ngood,1\nbad,0\n good,0\nfine,1\n")
     with pytest.raises(
-        RecipeError, match="line 2 of .*both.csv and line 4 of .*both.csv have one text, but the labels 1"
+        RecipeError, match="line 2 of .*both.csv and line 4 of .*both.csv ask the same, but the labels 1"
     ):
         tasks.load(section(path, train=1, dev=1, test=1))
 
@@ -93,7 +93,7 @@ def test_a_folder_without_every_split_or_with_one_twice_is_refused(tmp_path: Pat
         tasks.load(section(tmp_path))
     write_parts(tmp_path, train=[("a", 0)], validation=[("b", 0)], test=[("a", 1)])
     with pytest.raises(
-        RecipeError, match="line 1 of .*test.* and line 1 of .*train.* have one text, but the labels 1 and"
+        RecipeError, match="line 1 of .*test.* and line 1 of .*train.* ask the same, but the labels 1 and"
     ):
         tasks.load(section(tmp_path))
     write_parts(tmp_path, test=[("a", 0)])

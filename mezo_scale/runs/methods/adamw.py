@@ -23,9 +23,10 @@ from mezo_scale.runs.evaluate import evaluate
 from mezo_scale.runs.learning import order_of, rate_of
 from mezo_scale.runs.memory import EVALUATION, INFERENCE, STEPS
 from mezo_scale.runs.methods.setting import Fit, Outcome, Setting
+from mezo_scale.runs.on_dev import OnDev
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.sharding.shard import is_decayed
-from mezo_scale.tasks import Kind, objective_of
+from mezo_scale.tasks import Kind, Score, objective_of
 from mezo_scale.tasks.encoding import Batch, to_device
 from mezo_scale.tasks.kinds.kind import Within
 from mezo_scale.tasks.order import Order, share
@@ -133,6 +134,7 @@ def _fit(setting: Setting, order: Order) -> Outcome:
     gradients = Gradients(setting)
     with setting.memory.phase(INFERENCE):
         gradients.infer(order.step(0))  # type: ignore[arg-type]
+    on_dev, done = OnDev(setting.kind, recipe.train.patience), 0
     with screen.steps(0, steps, recipe.train.log_every) as progress, setting.memory.phase(STEPS):
         for step in range(steps):
             lr, start = rate(step), time.perf_counter()
@@ -148,21 +150,24 @@ def _fit(setting: Setting, order: Order) -> Outcome:
             optimizer.zero_grad()
             seconds = time.perf_counter() - start
             setting.metrics.log(step + 1, loss=loss, lr=lr, seconds=seconds)
-            progress.advance(step + 1, loss, 0)
-            if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
-                _evaluate_dev(setting, step + 1, progress)
+            progress.advance(done := step + 1, loss, 0)
+            if recipe.train.eval_every and done % recipe.train.eval_every == 0:
+                on_dev.add(done, _evaluate_dev(setting, done, progress))
+            if on_dev.says_stop:
+                break
         memory_gib = setting.memory.most_gib(STEPS)
-    setting.metrics.log(steps, memory_gib=memory_gib)
+    setting.metrics.log(done, memory_gib=memory_gib)
     tuned = setting.evaluate(setting.splits.test, "tuned")
-    about = f"AdamW, {steps} steps of {recipe.train.batch_size} examples, lr {options.lr:g}, {options.schedule}"
+    about = f"AdamW, {done} steps of {recipe.train.batch_size} examples, lr {options.lr:g}, {options.schedule}"
     about += f", {warmup} steps of warmup" if warmup else ""
-    return Outcome({**tuned.as_dict(), "step": steps}, [f"{about}, seed {options.seed}."])
+    return Outcome({**tuned.as_dict(), "step": done}, [f"{about}, seed {options.seed}."], on_dev.told(done, steps))
 
 
-def _evaluate_dev(setting: Setting, step: int, progress: StepProgress) -> None:
+def _evaluate_dev(setting: Setting, step: int, progress: StepProgress) -> Score:
     memory_gib = setting.memory.most_gib(STEPS)
     with setting.memory.phase(EVALUATION):
         dev = evaluate(setting.loaded, setting.kind, setting.splits.dev, setting.recipe.train.eval_batch)
     values = {f"dev_{name}": metric.value for name, metric in dev.metrics.items()}
     setting.metrics.log(step, **values, dev_not_finite=dev.not_finite, memory_gib=memory_gib)
     progress.note(f"step {step}: {dev.main} on dev {dev}")
+    return dev

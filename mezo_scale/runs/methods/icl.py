@@ -46,7 +46,7 @@ def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSpli
     count = min(asked or DEMONSTRATIONS, there)
     # Where nothing is cut off, the two give the same row.
     wide = tasks.kind_of(
-        recipe.task.model_copy(update={"max_length": _ENDLESS}), checkpoints.load_tokenizer(recipe.model.name)
+        recipe.task.model_copy(update={"max_length": _ENDLESS}), checkpoints.load_processor(recipe.model.name)
     )
     drawn = []
     for draw in range(recipe.method.draws):

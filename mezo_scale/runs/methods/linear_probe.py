@@ -5,7 +5,6 @@ on features of mean 0 and variance 1 over the train split; the penalty is scikit
 cross-entropy plus half the squared weights, the intercept free.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import NotFiniteError, RecipeError, SharedError
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.memory import EVALUATION
-from mezo_scale.runs.methods.setting import Fit, Outcome, Setting, main_value
+from mezo_scale.runs.methods.setting import Fit, Outcome, Setting
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Kind, Score
 from mezo_scale.tasks.encoding import pad_left, to_device
@@ -120,7 +119,7 @@ def _hidden_states(setting: Setting, rows: Sequence[Encoded]) -> Tensor | None:
         ).hidden_states
         return states[-1][torch.arange(len(rows)), batch["mask_at"]] if states else None
     prompts = [row.prompt for row in rows]
-    ids, mask = pad_left(prompts, loaded.tokenizer.pad_token_id, setting.recipe.task.max_length)
+    ids, mask = pad_left(prompts, loaded.processor.pad_token_id, setting.recipe.task.max_length)
     ids, mask = ids.to(loaded.device), mask.to(loaded.device)
     states = forward(loaded.model, ids, mask, 1, use_cache=False, output_hidden_states=True).hidden_states
     return states[-1][:, -1] if states else None
@@ -142,16 +141,16 @@ def _fit(setting: Setting, classes: int) -> Outcome:
     mean, deviation = train.mean(0), train.std(0, correction=0).clamp(min=1e-12)
     train, dev, test = ((part - mean) / deviation for part in (train, dev, test))
     labels = torch.tensor([row.label for row in splits.train])
-    best: tuple[float, float, Score] | None = None
+    best: tuple[float, float | None, float, Score] | None = None
     for number, strength in enumerate(sorted(setting.recipe.method.strengths), 1):
         solution = regress(train, labels, classes, strength)
         on_dev = _score(setting, dev, splits.dev, solution)
         setting.metrics.log(number, strength=strength, **{f"dev_{on_dev.main}": on_dev.metrics[on_dev.main].value})
-        if best is None or main_value(on_dev) > best[0]:
-            best = main_value(on_dev), strength, _score(setting, test, splits.test, solution)
+        if best is None or on_dev.merit > best[0]:
+            value = on_dev.metrics[on_dev.main].value
+            best = on_dev.merit, value, strength, _score(setting, test, splits.test, solution)
     assert best is not None, "there are strengths"
-    value, strength, score = best
-    dev_value = value if math.isfinite(value) else None
+    _, dev_value, strength, score = best
     setting.metrics.log(
         len(setting.recipe.method.strengths) + 1,
         **{f"dev_{score.main}": dev_value},

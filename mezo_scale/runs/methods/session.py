@@ -32,6 +32,11 @@ def plan(recipe: Recipe, world: World, run: RunDirectory, kind: Kind[Any, Any], 
     Raises:
         RecipeError: the recipe asks for what its method has not, or the run directory holds something else.
     """
+    if recipe.output.checkpoint == "best":
+        raise RecipeError(
+            f"output.checkpoint is best, but method.name is {recipe.method.name}, which keeps no log to rebuild a step "
+            "from: take true, which saves the last step's weights"
+        )
     if world.rank == 0:
         _check_directory(recipe, run)
     make = _PLANS.get(recipe.method.name)
@@ -62,6 +67,7 @@ def carry_out(
     finally:
         metrics.close()
     results |= {RESULTS[recipe.method.name]: outcome.result} if outcome.result else {}
+    results |= outcome.beside
     _finish(setting, run, results, outcome.about)
 
 
@@ -70,7 +76,7 @@ def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
     result = run.read_evaluation().get(RESULTS[recipe.method.name])
     if not isinstance(result, dict) or not run.report.is_file():
         return False
-    return not takes_steps(recipe.method.name) or result.get("step") == recipe.train.steps
+    return not takes_steps(recipe.method.name) or run.has_ended(recipe.train)
 
 
 def _zero_shot(setting: Setting) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def _finish(setting: Setting, run: RunDirectory, results: dict[str, Any], about:
             with memory.phase(CHECKPOINT):
                 save.write(
                     loaded.model,
-                    loaded.tokenizer,
+                    loaded.processor,
                     run.checkpoint,
                     seal=lambda folder: add_card(folder, recipe, run, results, " ".join(about)),
                 )

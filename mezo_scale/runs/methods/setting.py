@@ -41,17 +41,13 @@ class Outcome:
     Attributes:
         result: on the test split, as `Score.as_dict` has it, and what else evaluation.json is to say of it.
         about: sentences for the report.
+        beside: what else evaluation.json is to hold, by its keys.
     """
 
     result: dict[str, Any]
     about: list[str] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 Fit = Callable[[Setting], Outcome]
 """Carries out a baseline that was checked before; every rank calls it."""
-
-
-def main_value(score: Score) -> float:
-    """The metric that decides; -inf where it has no value."""
-    value = score.metrics[score.main].value
-    return float("-inf") if value is None else value

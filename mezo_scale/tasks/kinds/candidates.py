@@ -295,7 +295,7 @@ class Candidates(Kind[Encoded, Choice]):
         if self.reward is not None:
             texts = [None if found is None else row.text(found) for found, row in pairs]
             scores = self.reward.of(texts, [row.asked for row in rows])
-            metrics["reward"] = Metric.of(scores, bounded=False)
+            metrics["reward"] = Metric.of(scores, bounded=False, more_is_better=True)
         return Score(metrics, self._main or ("accuracy" if self.reward is None else "reward"))
 
 

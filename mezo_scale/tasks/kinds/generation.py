@@ -152,7 +152,7 @@ class Generation(Kind[EncodedQuestion, str | None]):
         metrics["exact_match"] = Metric.of(best(exact_match, predictions, answers))
         if self.reward is not None:
             scores = self.reward.of(predictions, [row.asked for row in rows])
-            metrics["reward"] = Metric.of(scores, bounded=False)
+            metrics["reward"] = Metric.of(scores, bounded=False, more_is_better=True)
         return Score(metrics, self._main or ("f1" if self.reward is None else "reward"))
 
     def learn_from(self, reward: Reward) -> bool:

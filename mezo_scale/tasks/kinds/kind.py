@@ -55,7 +55,7 @@ Prediction = TypeVar("Prediction")
 
 
 class Kind(Protocol[Row, Prediction]):
-    """One kind of task, made for a run: it knows the run's tokenizer and its task section.
+    """One kind of task, made for a run: it knows the run's tokenizer, or image processor, and its task section.
 
     A row's `repr` tells it from every other row: ranks compare digests of it.
 
@@ -63,11 +63,19 @@ class Kind(Protocol[Row, Prediction]):
         objectives: what can be minimised, by name; the first is the default.
         metrics: what a recipe can have as the main metric of its scores, by `task.metric`; the first is the default.
         reward: what it has learned from; None: nothing of the kind.
+        scores_all: whether a loss needs the logits at all positions of a row; else at a few.
+        reads_images: whether rows are images, and lengths say nothing; else they are tokens.
     """
 
     objectives: Mapping[str, Objective]
     metrics: Sequence[str] = ()
     reward: Reward | None = None
+    scores_all: bool = False
+    reads_images: bool = False
+
+    def encode_all(self, examples: Sequence[Any]) -> list[Row]:
+        """The rows of a split's examples, one each unless a kind cuts them otherwise. Raises RecipeError."""
+        return [self.encode(example) for example in examples]
 
     def encode(self, example: Any) -> Row:
         """An example of the task in tokens. Raises RecipeError if it does not fit."""
