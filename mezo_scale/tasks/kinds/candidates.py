@@ -14,6 +14,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
 from mezo_scale.tasks.example import Example
+from mezo_scale.tasks.kinds import trees
 from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs, last_logits, mask_logits
 from mezo_scale.tasks.reward import Asked, Reward
@@ -165,6 +166,8 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
             logits = last_logits(model, batch["input_ids"], batch["attention_mask"], keep=1)[:, 0]
         chosen = logits.gather(1, candidate_ids.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
         return chosen.masked_fill(candidate_ids < 0, float("-inf"))
+    if "paths" in batch:
+        return trees.scores(model, batch)
     # Each row keeps its candidates inside, so the optimizer's branches stay contiguous blocks of the model's batch dim.
     names = ("input_ids", "attention_mask", "candidate_mask")
     input_ids, attention_mask, candidate_mask = (batch[name].flatten(0, 1) for name in names)
@@ -207,6 +210,7 @@ class Candidates(Kind[Encoded, Choice]):
     """A choice among candidates: the one whose tokens have the best mean log-probability; graded by accuracy."""
 
     metrics = ("accuracy", "macro_f1", "balanced_accuracy")
+    sharing: trees.Sharing
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises RecipeError for fields that this kind does not take."""
@@ -224,6 +228,7 @@ class Candidates(Kind[Encoded, Choice]):
         self._tokenizer, self._max_length = tokenizer, section.max_length
         self._main, self._classes = section.metric, len(section.candidates or ())
         self.objectives = dict(OBJECTIVES)
+        self.sharing = trees.Sharing(2 * section.max_length)
 
     def encode(self, example: Example) -> Encoded:
         return encode(example, self._tokenizer, self._max_length)
@@ -231,15 +236,22 @@ class Candidates(Kind[Encoded, Choice]):
     def length(self, row: Encoded) -> int:
         return row.length
 
+    def cost(self, row: Encoded) -> int:
+        return self.sharing.width(row) if self.sharing.covers([row]) else row.length
+
     def scored(self, row: Encoded) -> list[tuple[int, ...]]:
         return list(row.candidates)
 
     def collate(self, rows: Sequence[Encoded], objective: str | None = None, max_length: int | None = None) -> Batch:
-        """As `collate`; for other objectives than the losses also `right`, bool [rows, candidates], and, for a reward,
-        `asked` and `texts`, those of the candidates."""
+        """As `collate`, or for `predict` as `trees.collate` where `sharing` covers the rows; for other objectives than
+        the losses also `right`, bool [rows, candidates], and for a reward `asked` and `texts`, those of the candidates.
+        """
+        # A step keeps the plain way: what was measured before it would decide its last bits, and a run that goes on has
+        # measured other rows.
+        is_shared = objective is None and max_length is None and self.sharing.covers(rows)
         if objective == "language_modeling":
             rows = [row.gold for row in rows]
-        batch = self._tensors(rows, max_length or self._max_length)
+        batch = self.shared(rows) if is_shared else self._tensors(rows, max_length or self._max_length)
         if objective in ("candidates", "language_modeling"):
             return batch
         width = max(len(row.candidates) for row in rows)
@@ -248,6 +260,9 @@ class Candidates(Kind[Encoded, Choice]):
             batch["asked"] = [row.asked for row in rows]
             batch["texts"] = [tuple(map(row.text, range(len(row.candidates)))) for row in rows]
         return batch
+
+    def shared(self, rows: Sequence[Encoded], at_least: int = 0) -> Batch:
+        return trees.collate(rows, self._tokenizer.pad_token_id, self.sharing.widest, at_least)
 
     def _tensors(self, rows: Sequence[Encoded], max_length: int) -> Batch:
         return collate(rows, self._tokenizer.pad_token_id, max_length)
@@ -310,5 +325,8 @@ def _filling(batch: Batch) -> Tensor:
     if "candidate_ids" in batch:
         filling: Tensor = batch["candidate_ids"] < 0
         return filling
+    if "paths" in batch:
+        lacking: Tensor = ~batch["paths"].any(3).any(1)
+        return lacking
     missing: Tensor = ~batch["candidate_mask"].any(-1)
     return missing

@@ -48,6 +48,7 @@ class ClozeChoice(Candidates):
                 "tokenizer that the masked language model was trained with"
             )
         self._mask_id = mask_id
+        self.sharing.refused = True  # a mask stands once in its text as it is
 
     def encode(self, example: Cloze) -> EncodedCloze:  # type: ignore[override]
         """Tokenizes a cloze. The words are tokens as they are in the text, whole; the mask takes their place.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_scale.tasks.encoding import Batch
+from mezo_scale.tasks.kinds.trees import Sharing
 from mezo_scale.tasks.reward import Asked, Reward
 from mezo_scale.tasks.score import Score
 
@@ -63,11 +64,13 @@ class Kind(Protocol[Row, Prediction]):
         objectives: what can be minimised, by name; the first is the default.
         metrics: what a recipe can have as the main metric of its scores, by `task.metric`; the first is the default.
         reward: what it has learned from; None: nothing of the kind.
+        sharing: which of its rows are run with a prompt once for all answers; None: of this kind none can.
     """
 
     objectives: Mapping[str, Objective]
     metrics: Sequence[str] = ()
     reward: Reward | None = None
+    sharing: Sharing | None = None
 
     def encode(self, example: Any) -> Row:
         """An example of the task in tokens. Raises RecipeError if it does not fit."""
@@ -76,6 +79,15 @@ class Kind(Protocol[Row, Prediction]):
     def length(self, row: Row) -> int:
         """Tokens of its longest sequence: rows of similar length go together."""
         ...
+
+    def cost(self, row: Row) -> int:
+        """What `predict` takes for it, in tokens: rows of similar cost are evaluated together."""
+        return self.length(row)
+
+    def shared(self, rows: Sequence[Row], at_least: int = 0) -> Batch:
+        """A batch that gives what `collate` gives, in which a prompt stands once for all answers, at least so wide.
+        A kind with `sharing` has it."""
+        raise NotImplementedError
 
     def scored(self, row: Row) -> list[tuple[int, ...]]:
         """The tokens whose probabilities count, one entry for each answer that is looked at; none where a kind does not
