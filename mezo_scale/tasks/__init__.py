@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import Recipe, TaskSection
+from mezo_scale.recipe import Recipe, TaskSection, takes_steps
 from mezo_scale.tasks.example import Dialogue, Example, Question
 from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE
 from mezo_scale.tasks.reward import Reward, is_reward
@@ -173,6 +173,14 @@ def kind_of(section: TaskSection, tokenizer: Any) -> "Kind[Any, Any]":
     task = _find(section)
     is_cloze = task.cloze is not None and has_mask(section.template)
     kind = (FILLING_IN if is_cloze else task.kind)(tokenizer, section)
+    if section.neutral_prompt is not None and not section.calibrate:
+        raise RecipeError("task.neutral_prompt is given, but task.calibrate is false: set it to true, or leave it out")
+    if section.calibrate and not kind.calibrates:
+        what = "a cloze" if is_cloze else "a task"
+        raise RecipeError(
+            f"task.calibrate is true, but task.name={section.name} is {what} that scores no candidates after a prompt: "
+            "leave it out"
+        )
     if section.metric is not None and section.metric not in kind.metrics:
         raise RecipeError(
             f"task.metric: found {section.metric!r} for task.name={section.name}; "
@@ -194,6 +202,11 @@ def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
         raise RecipeError(
             f"task.temperature is {recipe.task.temperature:g}, but train.objective is {name}, for which nothing is "
             "written: leave it out, or take an objective that grades what is written"
+        )
+    if recipe.task.calibrate and takes_steps(recipe.method.name) and hasattr(kind.objectives[name], "smooth"):
+        raise RecipeError(
+            f"task.calibrate is true, but train.objective is {name}, which grades the choices of steps, where nothing "
+            "is calibrated: leave the one or the other out"
         )
     return name
 

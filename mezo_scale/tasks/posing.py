@@ -116,15 +116,16 @@ def refuse_candidates(section: TaskSection) -> None:
 
 def adapted(row: Row, changes: Changes | None = None, aliases: Mapping[str, str] | None = None) -> Row:
     """The row with its columns named and written as the task poses them. What is not there, or no text, stays so."""
-    fields = dict(row.fields)
+    fields, blank = dict(row.fields), set(row.blank)
     for name, alias in (aliases or {}).items():
         if name not in fields and alias in fields:
             fields[name] = fields[alias]
+            blank |= {name} if alias in blank else set()
     for name, change in (changes or {}).items():
         text = fields.get(name)
         if isinstance(text, str) and text.strip():
             fields[name] = change(text)
-    return replace(row, fields=fields)
+    return replace(row, fields=fields, blank=frozenset(blank))
 
 
 def _columns(template: str, aliases: Mapping[str, str] | None = None) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_right
 from mezo_scale.tasks.example import Cloze
-from mezo_scale.tasks.kinds.candidates import Candidates, Encoded, token_ids
+from mezo_scale.tasks.kinds.candidates import Candidates, token_ids
+from mezo_scale.tasks.kinds.encoded import Encoded
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +38,8 @@ class ClozeChoice(Candidates):
 
     A row is padded on the right: so every model's own positions are those of the text alone.
     """
+
+    calibrates = False
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises ModelError if the tokenizer has no mask token; RecipeError as `Candidates` does."""

@@ -64,12 +64,14 @@ class Kind(Protocol[Row, Prediction]):
         objectives: what can be minimised, by name; the first is the default.
         metrics: what a recipe can have as the main metric of its scores, by `task.metric`; the first is the default.
         reward: what it has learned from; None: nothing of the kind.
+        calibrates: whether it takes `task.calibrate`.
         sharing: which of its rows are run with a prompt once for all answers; None: of this kind none can.
     """
 
     objectives: Mapping[str, Objective]
     metrics: Sequence[str] = ()
     reward: Reward | None = None
+    calibrates: bool = False
     sharing: Sharing | None = None
 
     def encode(self, example: Any) -> Row:

@@ -9,33 +9,14 @@ measured.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mezo_scale.tasks.encoding import WIDTH, Batch
+from mezo_scale.tasks.kinds.encoded import Encoded
 from mezo_scale.tasks.logits import tree_logits
-
-
-class Row(Protocol):
-    """What is known of a row."""
-
-    @property
-    def prompt(self) -> tuple[int, ...]: ...
-
-    @property
-    def candidates(self) -> tuple[tuple[int, ...], ...]: ...
-
-    @property
-    def label(self) -> int: ...
-
-    @property
-    def length(self) -> int: ...
-
-
-R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ def _tree(places: Mapping[tuple[int, int], int], paths: Mapping[int, tuple[int, 
     return Tree(tuple(token for _, token in places), tuple(before for before, _ in places), paths)
 
 
-def collate(rows: Sequence[Row], pad_id: int, widest: int, at_least: int = 0) -> Batch:
+def collate(rows: Sequence[Encoded], pad_id: int, widest: int, at_least: int = 0) -> Batch:
     """One row per example, each with its trees, padded on the left to a multiple of 16 tokens, at least to `at_least`.
 
         input_ids, position_ids: int64 [rows, trees, tokens]
@@ -178,17 +159,17 @@ class Sharing:
         self.refused = False
         self._length = self._width = 0
 
-    def width(self, row: Row) -> int:
+    def width(self, row: Encoded) -> int:
         """Tokens of a row's widest tree, at most."""
         return max(row.length, min(len(row.prompt) + sum(map(len, row.candidates)), self.widest))
 
-    def covers(self, rows: Sequence[Row]) -> bool:
+    def covers(self, rows: Sequence[Encoded]) -> bool:
         """Whether these rows are run as trees."""
         if not any(map(_shares, rows)):
             return False
         return all(row.length <= self._length and self.width(row) <= self._width for row in rows)
 
-    def unmeasured(self, rows: Sequence[R]) -> list[R]:
+    def unmeasured(self, rows: Sequence[Encoded]) -> list[Encoded]:
         """Rows to compare before these are run as trees, which tell the most; none if nothing is to be measured."""
         sharing = [row for row in rows if _shares(row)]
         if self.refused or not sharing:
@@ -199,7 +180,7 @@ class Sharing:
         chosen = [longest, max(sharing, key=lambda row: row.length), max(sharing, key=self.width)]
         return list({id(row): row for row in chosen}.values())
 
-    def settle(self, rows: Sequence[Row], *, same: bool) -> None:
+    def settle(self, rows: Sequence[Encoded], *, same: bool) -> None:
         """Notes what was found: whether a model gives rows like the longest and the widest of these the same numbers,
         compared in trees as wide as the widest."""
         self.refused = not same
@@ -207,6 +188,6 @@ class Sharing:
         self._width = max(self._width, *map(self.width, rows)) if same else 0
 
 
-def _shares(row: Row) -> bool:
+def _shares(row: Encoded) -> bool:
     """Whether a prompt is run more than once where each candidate has it for itself."""
     return len(row.candidates) > 1 and any(len(candidate) > 1 for candidate in row.candidates)
