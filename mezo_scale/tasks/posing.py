@@ -102,7 +102,9 @@ def own_candidates(section: TaskSection) -> tuple[str, ...]:
     """The recipe's answers. Raises RecipeError if one is empty, or there twice."""
     found = section.candidates or ()
     if not all(text.strip() for text in found) or len(set(found)) < len(found):
-        raise RecipeError(f"task.candidates: found {list(found)}, expected texts that differ, none of them empty")
+        raise RecipeError(
+            f"task.candidates: found {list(found)}, expected texts that differ, none of them empty: change those"
+        )
     return found
 
 

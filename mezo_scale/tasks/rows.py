@@ -176,7 +176,10 @@ class _Filler(string.Formatter):
             return _Blank(), key
         problem = unlike_text(value)
         if problem:
-            raise RecipeError(f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text")
+            raise RecipeError(
+                f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text: fill it in, or leave "
+                "the row out"
+            )
         return value, key
 
 
