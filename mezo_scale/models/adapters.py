@@ -102,8 +102,20 @@ def inject_(model: nn.Module, config: Any, seed: int) -> None:
                 warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sees how weights lie, and says it has
                 peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=is_empty)
         except Exception as error:  # each method fails in a way of its own
-            raise RecipeError(f"tune: PEFT can't put {kind} into this model ({one_line(error)})") from None
+            raise RecipeError(
+                f"tune: PEFT can't put {kind} into this model ({one_line(error)}){_instead(config, model)}"
+            ) from None
     model.eval()
+
+
+def _instead(config: Any, model: nn.Module) -> str:
+    """What could have been named, where none of the modules that are is there; else nothing."""
+    wanted = getattr(config, "target_modules", None)
+    names = [name for name, _ in model.named_modules() if name]
+    if not wanted or isinstance(wanted, str) or any(f".{name}".endswith(f".{one}") for name in names for one in wanted):
+        return ""
+    owners = {name.rpartition(".")[2] for name, module in model.named_modules() if module._parameters}
+    return f": name some of its modules, which are called {', '.join(sorted(owners))}"
 
 
 def _suit(config: Any, model: Any) -> None:

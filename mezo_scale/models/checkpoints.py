@@ -49,8 +49,12 @@ def find(name: str) -> Any:
         adapter = _file(name, ADAPTER_CONFIG_NAME)
         config = None if adapter else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub's client has roots of its own
-        what = "holds no checkpoint" if means_disk(name) else "is neither a folder nor a model that the hub gives"
-        raise RecipeError(f"model.name: {name} {what} ({one_line(error)})") from None
+        if means_disk(name):
+            what, remedy = "holds no checkpoint", "give a folder that does"
+        else:
+            what = "is neither a folder nor a model that the hub gives"
+            remedy = "where there is no way to the hub, copy the model's folder from elsewhere, and give that"
+        raise RecipeError(f"model.name: {name} {what} ({one_line(error, 200)}): {remedy}") from None
     if config is None:
         raise ModelError(
             f"model.name: {name} holds an adapter ({ADAPTER_CONFIG_NAME}): to tune it further, set model.name to its "

@@ -32,6 +32,7 @@ class Loaded:
         strategy: how it lies on the ranks; which rows each of them evaluates follows from its axes.
         compute: the context its forward pass runs in (autocast, or nothing).
         scratch_dtype: what perturbed matrices are made in under autocast; None: as the weights are.
+        precision: what its forward pass computes in.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Loaded:
     strategy: Strategy
     compute: Callable[[], AbstractContextManager[Any]] = nullcontext
     scratch_dtype: torch.dtype | None = None
+    precision: torch.dtype = torch.float32
 
 
 def check(recipe: Recipe, world: World) -> None:
@@ -76,7 +78,8 @@ def load(recipe: Recipe, world: World, weights: Path | None = None) -> Loaded:
         # Its cache would keep a 16-bit copy of every weight that runs unperturbed, until the forward is over.
         compute = partial(torch.autocast, world.device.type, compute_dtype, cache_enabled=False)
     processor = checkpoints.load_processor(section.name)
-    return Loaded(model.eval(), processor, world.device, strategy, compute, compute_dtype)
+    precision = getattr(torch, section.compute_dtype or section.dtype)
+    return Loaded(model.eval(), processor, world.device, strategy, compute, compute_dtype, precision)
 
 
 def _renamed(recipe: Recipe, name: str) -> Recipe:

@@ -52,7 +52,11 @@ def attach_(model: Any, config: Any, device: torch.device, dtype: torch.dtype, c
         if options.get("position_ids") is not None:
             options["position_ids"] = options["position_ids"] + length
         if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(rows, length), attention_mask], 1)
+            if attention_mask.dim() == 4:  # what is added to attention's scores, [rows, 1, queries, keys]
+                seen = attention_mask.new_zeros(*attention_mask.shape[:3], length)
+            else:
+                seen = attention_mask.new_ones(rows, length)
+            attention_mask = torch.cat([seen, attention_mask], -1)
         return original(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     model.forward = forward

@@ -60,6 +60,17 @@ class TaskSection(Section):
         "two need candidates. Tasks that write: f1 (the default), exact_match. Running text: perplexity, of which "
         "less is better. Images: as tasks that choose.",
     )
+    calibrate: bool = Field(
+        False,
+        description="For tasks that choose: in evaluations a candidate's score is its log-probability after the prompt "
+        "minus that after a neutral prompt, so that answers that are likely anyway have no lead. Steps are not changed "
+        "by it.",
+    )
+    neutral_prompt: str | None = Field(
+        None,
+        description="For calibrate: the neutral prompt, used exactly as written; null means the row's prompt with its "
+        "columns left empty.",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,

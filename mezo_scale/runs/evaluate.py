@@ -22,6 +22,7 @@ from mezo_scale.runs.beginning import take_up_adapter_
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.fitness import check_model
+from mezo_scale.runs.sharing import share_prompts
 from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.tasks import Kind, Score
 from mezo_scale.tasks.encoding import to_device
@@ -36,14 +37,16 @@ def evaluate(
 ) -> Score:
     """Scores every row once; every rank calls it and gets the whole result.
 
-    Rows of similar length go together, `batch_size` per rank and forward pass. All ranks run equally often (a sharded
+    Where a model gives the same numbers so, a prompt is run once for all answers to it (`share_prompts`).
+    Rows of similar cost go together, `batch_size` per rank and forward pass. All ranks run equally often (a sharded
     forward pass needs them all): one without rows left runs one again and does not count it.
     `progress` is called with (batches done, batches in all).
 
     Raises:
         NotFiniteError: on every rank, if no row has a finite score.
     """
-    order = np.argsort([kind.length(row) for row in rows], kind="stable")
+    share_prompts(loaded, kind, rows)
+    order = np.argsort([kind.cost(row) for row in rows], kind="stable")
     axes = loaded.strategy.axes
     per_round = batch_size * axes.rows_size
     rounds = math.ceil(len(order) / per_round)

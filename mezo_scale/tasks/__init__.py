@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import Recipe, TaskSection
+from mezo_scale.recipe import Recipe, TaskSection, takes_steps
 from mezo_scale.tasks.example import Dialogue, Example, Passage, Picture, Question
 from mezo_scale.tasks.own import ANSWER, CHAT, CHOICE, IMAGE, TEXT
 from mezo_scale.tasks.reward import Reward, is_reward
@@ -190,6 +190,14 @@ def kind_of(section: TaskSection, processor: Any) -> "Kind[Any, Any]":
         _check_sort(section, task.kind, getattr(processor, "reads_images", False))
     is_cloze = task.cloze is not None and has_mask(section.template)
     kind = (FILLING_IN if is_cloze else task.kind)(processor, section)
+    if section.neutral_prompt is not None and not section.calibrate:
+        raise RecipeError("task.neutral_prompt is given, but task.calibrate is false: set it to true, or leave it out")
+    if section.calibrate and not kind.calibrates:
+        what = "a cloze" if is_cloze else "a task"
+        raise RecipeError(
+            f"task.calibrate is true, but task.name={section.name} is {what} that scores no candidates after a prompt: "
+            "leave it out"
+        )
     if section.metric is not None and section.metric not in kind.metrics:
         raise RecipeError(
             f"task.metric: found {section.metric!r} for task.name={section.name}; "
@@ -211,6 +219,11 @@ def objective_of(recipe: Recipe, kind: "Kind[Any, Any]") -> str:
         raise RecipeError(
             f"task.temperature is {recipe.task.temperature:g}, but train.objective is {name}, for which nothing is "
             "written: leave it out, or take an objective that grades what is written"
+        )
+    if recipe.task.calibrate and takes_steps(recipe.method.name) and hasattr(kind.objectives[name], "smooth"):
+        raise RecipeError(
+            f"task.calibrate is true, but train.objective is {name}, which grades the choices of steps, where nothing "
+            "is calibrated: leave the one or the other out"
         )
     return name
 

@@ -10,7 +10,9 @@ from mezo_scale.errors import ModelError
 Batch = dict[str, Any]
 """Tensors with rows along dim 0, and lists of one entry per row."""
 
-_WIDTH = 16  # tokens. Where every batch has a width of its own, what one frees fits no other, and memory creeps
+WIDTH = 16
+"""Tokens that a batch's width is a multiple of: where each has one of its own, what one frees fits no other, and memory
+creeps."""
 
 
 def open_tokens(tokenizer: Any, text: str) -> tuple[list[int], int]:
@@ -66,7 +68,7 @@ def _pad(
     sequences: Sequence[Sequence[int]], pad_id: int, max_length: int | None, *, on_left: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, sequences))
-    length = -(-longest // _WIDTH) * _WIDTH
+    length = -(-longest // WIDTH) * WIDTH
     if max_length is not None:  # a table of positions may end there
         length = max(longest, min(length, max_length))
     input_ids = torch.full((len(sequences), length), pad_id)

@@ -18,6 +18,7 @@ class Example:
         label: index of the right candidate; of the first one, where several are right. A loss is taken of it.
         also: indices of the other candidates that are right.
         which: what tells the question from others of the same prompt and candidates.
+        neutral: the prompt without what is asked, for `task.calibrate`; None: nothing is calibrated.
     """
 
     prompt: str
@@ -25,6 +26,7 @@ class Example:
     label: int
     also: tuple[int, ...] = ()
     which: tuple[str, ...] = ()
+    neutral: str | None = None
 
     @property
     def asked(self) -> Hashable:
@@ -38,9 +40,15 @@ class Example:
         return f"the labels {self.label} and {other.label}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: prompt, candidates, gold (the text of the right one); also, if there are more that are right."""
-        found = {"prompt": self.prompt, "candidates": list(self.candidates), "gold": self.candidates[self.label]}
-        return found | ({"also": [self.candidates[index] for index in self.also]} if self.also else {})
+        """For JSON: prompt, candidates, gold (the text of the right one); also, if there are more that are right;
+        neutral, if there is such a prompt."""
+        found: dict[str, Any] = {
+            "prompt": self.prompt,
+            "candidates": list(self.candidates),
+            "gold": self.candidates[self.label],
+        }
+        found |= {"also": [self.candidates[index] for index in self.also]} if self.also else {}
+        return found | ({} if self.neutral is None else {"neutral": self.neutral})
 
 
 @dataclass(frozen=True)

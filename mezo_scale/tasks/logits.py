@@ -31,6 +31,28 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, kee
     return logits[:, -keep:].float()
 
 
+def tree_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor, attends: Tensor, keep: int) -> Tensor:
+    """Logits at the last `keep` places of sequences that branch, float32 [rows, keep, vocabulary].
+
+    Args:
+        input_ids, position_ids: int64 [rows, tokens]; positions are counted from 0.
+        attends: bool [rows, tokens, tokens], [.., q, k]: whether q attends to k; at least to itself.
+    """
+    # As a number that is added to attention's scores: all ways of computing attention take that, a bool only some.
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    mask = torch.zeros(attends.shape, dtype=dtype, device=attends.device)
+    mask = mask.masked_fill_(~attends, torch.finfo(dtype).min)[:, None]
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids + _first_position(model),
+        use_cache=False,
+        **options,
+    ).logits
+    return logits[:, -keep:].float()
+
+
 def mask_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, at: Tensor) -> Tensor:
     """Logits of a masked language model at one position of each row, float32 [rows, vocabulary].
 

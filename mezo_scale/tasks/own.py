@@ -97,7 +97,12 @@ def _names(section: TaskSection, candidates: Sequence[str]) -> Mapping[str, int]
         return {label: number for number, label in enumerate(labels)}
     texts = [candidate.strip() for candidate in candidates]
     numbers = {str(number): number for number in range(len(candidates))}
-    if len(set(texts)) < len(texts) or any(numbers.get(text, n) != n for n, text in enumerate(texts)):
+    if len(set(texts)) < len(texts):
+        raise RecipeError(
+            f"task.candidates {list(candidates)}: two of them differ in white space only, which labels don't have: "
+            "change one, or say in task.labels what the column holds"
+        )
+    if any(numbers.get(text, n) != n for n, text in enumerate(texts)):
         raise RecipeError(
             f"task.candidates {list(candidates)} can be labels by their texts and by their numbers, and mean different "
             "ones: say in task.labels what the column holds"
@@ -119,7 +124,10 @@ def _answers(value: Any, name: str, row: Row) -> tuple[str, ...]:
         raise RecipeError(f"task.data: {row.place} has no answer in {name}, expected at least one: leave the row out")
     for answer in found:
         if problem := unlike_text(answer):
-            raise RecipeError(f"task.data: {row.place} has {problem} in {name}, expected a text or a list of texts")
+            raise RecipeError(
+                f"task.data: {row.place} has {problem} in {name}, expected a text or a list of texts: fill it in, or "
+                "leave the row out"
+            )
     texts = tuple(dict.fromkeys(str(answer).strip() for answer in found))
     broken = [text for text in texts if len(text.splitlines()) > 1]
     if broken:

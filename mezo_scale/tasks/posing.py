@@ -102,7 +102,9 @@ def own_candidates(section: TaskSection) -> tuple[str, ...]:
     """The recipe's answers. Raises RecipeError if one is empty, or there twice."""
     found = section.candidates or ()
     if not all(text.strip() for text in found) or len(set(found)) < len(found):
-        raise RecipeError(f"task.candidates: found {list(found)}, expected texts that differ, none of them empty")
+        raise RecipeError(
+            f"task.candidates: found {list(found)}, expected texts that differ, none of them empty: change those"
+        )
     return found
 
 
@@ -116,15 +118,16 @@ def refuse_candidates(section: TaskSection) -> None:
 
 def adapted(row: Row, changes: Changes | None = None, aliases: Mapping[str, str] | None = None) -> Row:
     """The row with its columns named and written as the task poses them. What is not there, or no text, stays so."""
-    fields = dict(row.fields)
+    fields, blank = dict(row.fields), set(row.blank)
     for name, alias in (aliases or {}).items():
         if name not in fields and alias in fields:
             fields[name] = fields[alias]
+            blank |= {name} if alias in blank else set()
     for name, change in (changes or {}).items():
         text = fields.get(name)
         if isinstance(text, str) and text.strip():
             fields[name] = change(text)
-    return replace(row, fields=fields)
+    return replace(row, fields=fields, blank=frozenset(blank))
 
 
 def _columns(template: str, aliases: Mapping[str, str] | None = None) -> tuple[str, ...]:

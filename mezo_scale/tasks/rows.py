@@ -172,10 +172,25 @@ class _Filler(string.Formatter):
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         value, key = super().get_field(field_name, args, kwargs)
+        if key in self.row.blank:
+            return _Blank(), key
         problem = unlike_text(value)
         if problem:
-            raise RecipeError(f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text")
+            raise RecipeError(
+                f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text: fill it in, or "
+                "leave the row out"
+            )
         return value, key
+
+
+class _Blank:
+    """Nothing, however it is formatted."""
+
+    def __format__(self, spec: str) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        return ""
 
 
 def unlike_text(value: Any) -> str | None:

@@ -24,10 +24,12 @@ class Row:
     Attributes:
         fields: its values by the name of their column.
         place: where a person finds it: "line 3 of reviews.csv" where the file has lines, else "row 2 of ...".
+        blank: columns that a template leaves out, for a prompt that says nothing of the row.
     """
 
     fields: Mapping[str, Any]
     place: str
+    blank: frozenset[str] = frozenset()
 
 
 def kind_of(path: Path) -> str | None:

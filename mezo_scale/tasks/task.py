@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.example import Example
 from mezo_scale.tasks.splits import Splits, read_examples, read_splits
 from mezo_scale.tasks.tables import Row
 
@@ -91,10 +92,19 @@ class Task:
     ) -> "Task":
         """A task that makes one example of each row of its data."""
 
+        def posed(section: TaskSection, row: Row) -> Any:
+            example = pose(section, row)
+            if not section.calibrate or type(example) is not Example:
+                return example
+            neutral = section.neutral_prompt
+            if neutral is None:
+                neutral = pose(section, replace(row, blank=frozenset(map(str, row.fields)))).prompt
+            return replace(example, neutral=neutral)
+
         def load(section: TaskSection) -> Splits[Any]:
-            return read_splits(section, partial(pose, section))
+            return read_splits(section, partial(posed, section))
 
         def parts(section: TaskSection) -> Mapping[str, Sequence[Any]]:
-            return read_examples(section, partial(pose, section))
+            return read_examples(section, partial(posed, section))
 
         return cls(load, kind, about, columns, parts, objective, takes, cloze)

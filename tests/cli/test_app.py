@@ -81,6 +81,7 @@ def test_a_folder_without_a_checkpoint_is_refused(run: Run, recipe_file: Path, t
     (tmp_path / "empty").mkdir()
     message = refused(run, tmp_path, "train", recipe_file, f"model.name={tmp_path / 'empty'}")
     assert "empty holds no checkpoint" in message
+    assert message.rstrip().endswith(": give a folder that does")
 
 
 def with_config(model: Path, to: Path, **changes: object) -> Path:

@@ -242,7 +242,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], type[MezoError], str]] = {
         "no parameter is called model.layers.0.mlp.up.weight; the nearest are model.layers.0.mlp.up_proj.weight,",
     ),
     "a tied head": (("tune.what=head",), RecipeError, "tied to its input embedding, .*tune.names to .model.embed"),
-    "no such module": (("tune.what=lora", "tune.target_modules=[q]"), RecipeError, "PEFT can't put LORA into this"),
+    "no such module": (
+        ("tune.what=lora", "tune.target_modules=[q]"),
+        RecipeError,
+        "PEFT can't put LORA into this model .*: name some of its modules, which are called .*k_proj, .*q_proj",
+    ),
     "no such method": (("tune.what=peft", "tune.peft={peft_type: LOLA}"), RecipeError, "found LOLA, expected LO"),
     "no method": (("tune.what=peft", "tune.peft={r: 4}"), RecipeError, "tune.peft.peft_type: found NONE, expected"),
     "no such field": (

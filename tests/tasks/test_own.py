@@ -111,9 +111,13 @@ def test_an_answer_is_a_text_or_a_list_of_them_with_a_space_before_where_there_i
         ("1", {"labels": [0, 1, "1"]}, "task.labels: found ['0', '1', '1'], expected 3 that differ"),
         ("1", {"labels": [True, False, 1]}, "expected"),
         ("1", {"candidates": [" a", " a"]}, "task.candidates: found [' a', ' a'], expected texts that differ"),
-        ("1", {"candidates": [" a", " "]}, "expected texts that differ, none of them empty"),
+        ("1", {"candidates": [" a", " "]}, "expected texts that differ, none of them empty: change those"),
         ("1", {"candidates": [" a"]}, "task.candidates: found [' a'] (a list), expected"),
-        ("1", {"candidates": [" a", "a"]}, "can be labels by their texts and by their numbers, and mean different"),
+        (
+            "1",
+            {"candidates": [" a", "a"]},
+            "two of them differ in white space only, which labels don't have: change one",
+        ),
         ("1", {"candidates": [" 1", " 0"]}, "say in task.labels what the column holds"),
         (
             "1",
@@ -153,13 +157,13 @@ def test_a_choice_that_is_not_clear_is_refused_in_one_line(
 
 def test_a_text_that_is_empty_is_refused(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", *tickets("0"), {"subject": "a", "body": " ", "label": 1})
-    assert "has no text in body, expected text" in refusal(path, **CHOICE)
+    assert "has no text in body, expected text: fill it in, or leave the row out" in refusal(path, **CHOICE)
 
 
 @pytest.mark.parametrize(
     ("value", "changes", "said"),
     [
-        ("", {}, "line 1 of q.jsonl has no text in answer, expected a text or a list of texts"),
+        ("", {}, "line 1 of q.jsonl has no text in answer, expected a text or a list of texts: fill it in, or leave"),
         (None, {}, "has no text in answer"),
         (["a", " "], {}, "has no text in answer"),
         ({"text": "a"}, {}, "has a dict in answer, expected a text or a list of texts"),

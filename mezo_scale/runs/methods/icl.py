@@ -62,9 +62,12 @@ def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSpli
 
 
 def demonstrated(example: Any, demonstrations: Sequence[Any]) -> Any:
-    """The example with others, each with its first right answer, before its prompt."""
+    """The example with others, each with its first right answer, before its prompt, and its neutral prompt."""
     texts = [demonstration.prompt + _answer(demonstration) for demonstration in demonstrations]
-    return replace(example, prompt=SEPARATOR.join([*texts, example.prompt]))
+    changed = replace(example, prompt=SEPARATOR.join([*texts, example.prompt]))
+    if getattr(example, "neutral", None) is None:
+        return changed
+    return replace(changed, neutral=SEPARATOR.join([*texts, example.neutral]))
 
 
 def _answer(example: Example | Question) -> str:

@@ -25,15 +25,21 @@ from mezo_scale.runs.methods.setting import Fit, Outcome, Setting
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Kind, Score
 from mezo_scale.tasks.encoding import pad_left, to_device
-from mezo_scale.tasks.kinds.candidates import Choice, Encoded
+from mezo_scale.tasks.kinds.candidates import Choice
 from mezo_scale.tasks.kinds.cloze import EncodedCloze
+from mezo_scale.tasks.kinds.encoded import Encoded
 from mezo_scale.tasks.logits import forward
 
 _ITERATIONS = 500
 
 
 def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSplits) -> Fit:
-    """Raises RecipeError unless all rows choose among the same answers: those are the classes."""
+    """Raises RecipeError unless all rows choose among the same answers, which are the classes, and nothing is
+    calibrated."""
+    if recipe.task.calibrate:
+        raise RecipeError(
+            "task.calibrate is true, but method.name is linear_probe, which looks at no log-probability: leave it out"
+        )
     rows = (*splits.train, *splits.dev, *splits.test)
     answers = {row.example.candidates if isinstance(row, Encoded) and row.example else None for row in rows}
     if len(answers) > 1 or None in answers:

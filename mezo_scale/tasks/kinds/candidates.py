@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,55 +12,16 @@ from torch import Tensor, nn
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
-from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_left, shorten
+from mezo_scale.tasks.encoding import Batch, open_tokens, pad_left
 from mezo_scale.tasks.example import Example
+from mezo_scale.tasks.kinds import trees
+from mezo_scale.tasks.kinds.encoded import Encoded, encode
 from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs, last_logits, mask_logits
-from mezo_scale.tasks.reward import Asked, Reward
+from mezo_scale.tasks.reward import Reward
 from mezo_scale.tasks.score import ByClass, Metric, Score
 
-
-@dataclass(frozen=True, repr=False)
-class Encoded:
-    """An example in tokens: prompt + candidates[label] is the sequence a model would have to write; candidates[n] for
-    an n in `also` would be as good. `example` is the same in words."""
-
-    prompt: tuple[int, ...]
-    candidates: tuple[tuple[int, ...], ...]
-    label: int
-    also: tuple[int, ...] = ()
-    example: Example | None = field(default=None, compare=False)
-
-    def __repr__(self) -> str:
-        # Digests are taken of it: a row with one right candidate keeps the one that it always had.
-        also = f", also={self.also!r}" if self.also else ""
-        return f"Encoded(prompt={self.prompt!r}, candidates={self.candidates!r}, label={self.label!r}{also})"
-
-    @property
-    def gold(self) -> "Encoded":
-        """The example with the right candidate only: all that a loss on its tokens needs."""
-        return replace(self, candidates=(self.candidates[self.label],), label=0, also=())
-
-    def is_right(self, candidate: int) -> bool:
-        """Whether a candidate of this number is one of those that are right."""
-        return candidate == self.label or candidate in self.also
-
-    @property
-    def asked(self) -> Asked:
-        """For a reward."""
-        assert self.example is not None, "made by `encode`"
-        right = [text.strip() for n, text in enumerate(self.example.candidates) if self.is_right(n)]
-        return self.example.prompt, tuple(right)
-
-    def text(self, candidate: int) -> str:
-        """The text of a candidate."""
-        assert self.example is not None, "made by `encode`"
-        return self.example.candidates[candidate].strip()
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return len(self.prompt) + max(map(len, self.candidates))
+_NEUTRAL = "neutral_"  # before the names of what a batch has for the neutral prompts
 
 
 @dataclass(frozen=True)
@@ -69,43 +30,6 @@ class Choice:
 
     candidate: int
     loss: float
-
-
-def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenizes an example. A long prompt loses its beginning (but not a BOS token), never its end.
-
-    What is scored are always the tokens of the whole text, prompt and candidate in one: where a tokenizer joins the end
-    of a prompt with what follows, the boundary moves back to the last place that all candidates and the prompt share.
-
-    Raises:
-        RecipeError: if a candidate adds no tokens, has too many for max_length, or has those of another; or if prompt
-            and candidates share no beginning.
-    """
-    alone, lead = open_tokens(tokenizer, example.prompt)
-    wholes = [open_tokens(tokenizer, example.prompt + text)[0] for text in example.candidates]
-    names = [f"{text:.40}" for text in example.candidates[:12]]  # of a line that can be read
-    if any(whole == alone for whole in wholes):
-        none = example.candidates[wholes.index(alone)]
-        raise RecipeError(
-            f"task.candidates {names}: {none!r} adds no tokens to the prompt, expected at least 1: change it"
-        )
-    if len({tuple(whole) for whole in wholes}) < len(wholes):
-        raise RecipeError(f"task.candidates {names}: two of them are the same tokens to this model: change one")
-    shared = min(common_prefix([alone, *wholes]), min(map(len, wholes)) - 1)
-    if shared < 1:
-        raise RecipeError(
-            f"task.template gives the prompt {example.prompt!r:.60}, which has no tokens that stay the same before "
-            f"{names}: give it a longer one"
-        )
-    candidates = [whole[shared:] for whole in wholes]
-    room = max_length - max(map(len, candidates))
-    if room < 2:
-        raise RecipeError(
-            f"task.candidates {names} have up to {max(map(len, candidates))} tokens, expected between "
-            f"1 and task.max_length ({max_length}) - 2: change the one or the other"
-        )
-    prompt = shorten(alone[:shared], room, lead, tokenizer)
-    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label, example.also, example)
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> Batch:
@@ -165,11 +89,28 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
             logits = last_logits(model, batch["input_ids"], batch["attention_mask"], keep=1)[:, 0]
         chosen = logits.gather(1, candidate_ids.clamp(min=0)) - logits.logsumexp(1, keepdim=True)
         return chosen.masked_fill(candidate_ids < 0, float("-inf"))
+    if "paths" in batch:
+        return trees.scores(model, batch)
     # Each row keeps its candidates inside, so the optimizer's branches stay contiguous blocks of the model's batch dim.
     names = ("input_ids", "attention_mask", "candidate_mask")
     input_ids, attention_mask, candidate_mask = (batch[name].flatten(0, 1) for name in names)
     scores = answer_log_probs(model, input_ids, attention_mask, candidate_mask)
     return scores.view(batch["candidate_mask"].shape[:2])
+
+
+def calibrated_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The scores that candidates are chosen by, float32 [rows, candidates].
+
+    They are `candidate_scores`, or where the batch has neutral prompts the log-probability of a candidate, of all its
+    tokens together, minus that after the neutral prompt (Holtzman et al., 2021: domain conditional pointwise mutual
+    information).
+    """
+    scores = candidate_scores(model, batch)
+    if "unasked" not in batch:
+        return scores
+    unasked = {name.removeprefix(_NEUTRAL): leaf for name, leaf in batch.items() if name.startswith(_NEUTRAL)}
+    lead: Tensor = (scores - candidate_scores(model, unasked)[batch["unasked"]]) * batch["lengths"]
+    return lead.masked_fill(_filling(batch), float("-inf"))
 
 
 def candidates_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -207,6 +148,8 @@ class Candidates(Kind[Encoded, Choice]):
     """A choice among candidates: the one whose tokens have the best mean log-probability; graded by accuracy."""
 
     metrics = ("accuracy", "macro_f1", "balanced_accuracy")
+    calibrates = True
+    sharing: trees.Sharing
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises RecipeError for fields that this kind does not take."""
@@ -222,24 +165,41 @@ class Candidates(Kind[Encoded, Choice]):
                 "leave it out"
             )
         self._tokenizer, self._max_length = tokenizer, section.max_length
+        self._calibrate = section.calibrate
         self._main, self._classes = section.metric, len(section.candidates or ())
         self.objectives = dict(OBJECTIVES)
+        self.sharing = trees.Sharing(2 * section.max_length)
 
     def encode(self, example: Example) -> Encoded:
-        return encode(example, self._tokenizer, self._max_length)
+        row = encode(example, self._tokenizer, self._max_length)
+        return replace(row, neutral=self._neutral(example, row)) if self._calibrate else row
 
     def length(self, row: Encoded) -> int:
         return row.length
+
+    def cost(self, row: Encoded) -> int:
+        return self.sharing.width(row) if self.sharing.covers([row]) else row.length
 
     def scored(self, row: Encoded) -> list[tuple[int, ...]]:
         return list(row.candidates)
 
     def collate(self, rows: Sequence[Encoded], objective: str | None = None, max_length: int | None = None) -> Batch:
-        """As `collate`; for other objectives than the losses also `right`, bool [rows, candidates], and, for a reward,
-        `asked` and `texts`, those of the candidates."""
+        """As `collate`, or for `predict` as `trees.collate` where `sharing` covers the rows; for other objectives than
+        the losses also `right`, bool [rows, candidates], and for a reward `asked` and `texts`, those of the candidates.
+        """
+        # A step keeps the plain way: what was measured before it would decide its last bits, and a run that goes on has
+        # measured other rows.
+        share = objective is None and max_length is None
         if objective == "language_modeling":
             rows = [row.gold for row in rows]
-        batch = self._tensors(rows, max_length or self._max_length)
+        batch = self._scored(rows, max_length, share=share)
+        if self._calibrate and objective is None:
+            unasked = list(dict.fromkeys(row.unasked for row in rows))
+            batch |= {_NEUTRAL + name: leaf for name, leaf in self._scored(unasked, max_length, share=share).items()}
+            batch["unasked"] = torch.tensor([unasked.index(row.unasked) for row in rows])
+            width = max(len(row.candidates) for row in rows)
+            lengths = [list(map(len, row.candidates)) for row in rows]
+            batch["lengths"] = torch.tensor([one + [0] * (width - len(one)) for one in lengths])
         if objective in ("candidates", "language_modeling"):
             return batch
         width = max(len(row.candidates) for row in rows)
@@ -249,11 +209,19 @@ class Candidates(Kind[Encoded, Choice]):
             batch["texts"] = [tuple(map(row.text, range(len(row.candidates)))) for row in rows]
         return batch
 
+    def shared(self, rows: Sequence[Encoded], at_least: int = 0) -> Batch:
+        return trees.collate(rows, self._tokenizer.pad_token_id, self.sharing.widest, at_least)
+
+    def _scored(self, rows: Sequence[Encoded], max_length: int | None, *, share: bool) -> Batch:
+        if share and self.sharing.covers(rows):
+            return self.shared(rows)
+        return self._tensors(rows, max_length or self._max_length)
+
     def _tensors(self, rows: Sequence[Encoded], max_length: int) -> Batch:
         return collate(rows, self._tokenizer.pad_token_id, max_length)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Choice]:
-        scores, label = candidate_scores(model, batch), batch["label"]
+        scores, label = calibrated_scores(model, batch), batch["label"]
         losses = F.cross_entropy(scores, label, reduction="none").double()
         losses = losses.masked_fill(~_sound(scores, batch), math.nan)
         return [Choice(*row) for row in zip(scores.argmax(1).tolist(), losses.tolist(), strict=True)]
@@ -277,6 +245,24 @@ class Candidates(Kind[Encoded, Choice]):
         label, _ = Counter(row.label for row in train).most_common(1)[0]
         chosen = [label if label < len(row.candidates) else None for row in test]
         return {"majority": self._graded(chosen, test)}
+
+    def _neutral(self, example: Example, row: Encoded) -> tuple[int, ...]:
+        """The neutral prompt's tokens. Raises RecipeError if there is none, or candidates are other tokens after it."""
+        if example.neutral is None:
+            raise RecipeError(
+                "task.calibrate is true, but the task's examples have no neutral prompt, expected Example.neutral of "
+                "each: leave it out, or give them one"
+            )
+        what = f"task.calibrate: the neutral prompt {example.neutral!r:.60}"
+        if not open_tokens(self._tokenizer, example.neutral)[0]:
+            raise RecipeError(f"{what} has no tokens, expected at least one: give another in task.neutral_prompt")
+        found = encode(replace(example, prompt=example.neutral), self._tokenizer, self._max_length)
+        if found.candidates != row.candidates:
+            raise RecipeError(
+                f"{what} is joined with {example.candidates[0]!r:.40} in another way than {example.prompt[-60:]!r} is: "
+                "end task.neutral_prompt as prompts end"
+            )
+        return found.prompt
 
     def _texts(self, model: nn.Module, batch: Batch) -> list[str | None]:
         """The text of each row's best candidate; None where a score is not finite."""
@@ -310,5 +296,8 @@ def _filling(batch: Batch) -> Tensor:
     if "candidate_ids" in batch:
         filling: Tensor = batch["candidate_ids"] < 0
         return filling
+    if "paths" in batch:
+        lacking: Tensor = ~batch["paths"].any(3).any(1)
+        return lacking
     missing: Tensor = ~batch["candidate_mask"].any(-1)
     return missing

@@ -10,7 +10,8 @@ from mezo_scale.errors import ModelError, RecipeError
 from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, common_prefix, open_tokens, pad_right
 from mezo_scale.tasks.example import Cloze
-from mezo_scale.tasks.kinds.candidates import Candidates, Encoded, token_ids
+from mezo_scale.tasks.kinds.candidates import Candidates, token_ids
+from mezo_scale.tasks.kinds.encoded import Encoded
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +39,8 @@ class ClozeChoice(Candidates):
     A row is padded on the right: so every model's own positions are those of the text alone.
     """
 
+    calibrates = False
+
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises ModelError if the tokenizer has no mask token; RecipeError as `Candidates` does."""
         super().__init__(tokenizer, section)
@@ -48,6 +51,7 @@ class ClozeChoice(Candidates):
                 "tokenizer that the masked language model was trained with"
             )
         self._mask_id = mask_id
+        self.sharing.refused = True  # a mask stands once in its text as it is
 
     def encode(self, example: Cloze) -> EncodedCloze:  # type: ignore[override]
         """Tokenizes a cloze. The words are tokens as they are in the text, whole; the mask takes their place.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_scale.tasks.encoding import Batch
+from mezo_scale.tasks.kinds.trees import Sharing
 from mezo_scale.tasks.reward import Asked, Reward
 from mezo_scale.tasks.score import Score
 
@@ -65,6 +66,8 @@ class Kind(Protocol[Row, Prediction]):
         reward: what it has learned from; None: nothing of the kind.
         scores_all: whether a loss needs the logits at all positions of a row; else at a few.
         reads_images: whether rows are images, and lengths say nothing; else they are tokens.
+        calibrates: whether it takes `task.calibrate`.
+        sharing: which of its rows are run with a prompt once for all answers; None: of this kind none can.
     """
 
     objectives: Mapping[str, Objective]
@@ -72,6 +75,8 @@ class Kind(Protocol[Row, Prediction]):
     reward: Reward | None = None
     scores_all: bool = False
     reads_images: bool = False
+    calibrates: bool = False
+    sharing: Sharing | None = None
 
     def encode_all(self, examples: Sequence[Any]) -> list[Row]:
         """The rows of a split's examples, one each unless a kind cuts them otherwise. Raises RecipeError."""
@@ -84,6 +89,15 @@ class Kind(Protocol[Row, Prediction]):
     def length(self, row: Row) -> int:
         """Tokens of its longest sequence: rows of similar length go together."""
         ...
+
+    def cost(self, row: Row) -> int:
+        """What `predict` takes for it, in tokens: rows of similar cost are evaluated together."""
+        return self.length(row)
+
+    def shared(self, rows: Sequence[Row], at_least: int = 0) -> Batch:
+        """A batch that gives what `collate` gives, in which a prompt stands once for all answers, at least so wide.
+        A kind with `sharing` has it."""
+        raise NotImplementedError
 
     def scored(self, row: Row) -> list[tuple[int, ...]]:
         """The tokens whose probabilities count, one entry for each answer that is looked at; none where a kind does not
