@@ -261,8 +261,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         record = optimizer.last_record
         assert record is not None, "a step was just taken"
-        grads = list(record.projected_grads)
-        metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds, skipped=record.skipped)
+        values = {"projected_grads": list(record.projected_grads), "lr": lr, "seconds": seconds}
+        metrics.log_step(step + 1, optimizer.last_signal, loss=loss, **values, skipped=record.skipped)
         skips.count(record)
         progress.advance(step + 1, loss, skips.total)
         if recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0:
