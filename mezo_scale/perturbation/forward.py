@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mezo_scale.noise import Branches
+from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import low_rank, pairing, rows
 from mezo_scale.perturbation.pairing import Pairing
 from mezo_scale.perturbation.substitute import in_float32, is_half, shadowed

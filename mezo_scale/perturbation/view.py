@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_map_only
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
-from mezo_scale.noise import NORMAL, Branches, Noise
+from mezo_scale.noise import NORMAL, Noise
+from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import pairing
 from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mezo_scale import noise
 from mezo_scale.errors import ModelError
-from mezo_scale.noise import Branches, Noise, Perturbed
+from mezo_scale.noise import Noise
+from mezo_scale.noise.api import Perturbed
+from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import local
 from mezo_scale.perturbation.reading import written
 from mezo_scale.perturbation.scratch import Scratch

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate
+from mezo_scale.runs.first_eps import eps_of
 from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
@@ -138,6 +139,7 @@ class Trainer:
                 self.recipe,
                 self.loaded.strategy.layout,
                 self.tuned,
+                self.eps,
                 self.run.add_evaluation(**results),
                 memory,
                 commands,
@@ -154,7 +156,7 @@ class Trainer:
         train, options = self.recipe.train, self.recipe.optimizer
         return (
             f"{self.tuned}; in {train.steps:,} steps of {train.batch_size} examples by MeZO, which takes forward "
-            f"passes only (lr {options.lr:g}, eps {options.eps:g}, seed {options.seed})."
+            f"passes only (lr {options.lr:g}, eps {self.eps:g}, seed {options.seed})."
         )
 
     def _tune(self, optimizer: MeZO, results: dict[str, Any]) -> None:
@@ -174,11 +176,13 @@ class Trainer:
         if self.world.rank == 0:
             self.run.create()
         keep_adapter(self.loaded.model, self.loaded.tokenizer, self.run)
+        batch = partial(self._batch, 0)
+        self.eps = eps_of(self.recipe, self.run, self.world, self.loaded, self.objective, batch, self.screen)
         with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
                 lr=options.lr,
-                eps=options.eps,
+                eps=self.eps,
                 weight_decay=options.weight_decay,
                 estimator=estimator_of(self.recipe),
                 seed=options.seed,
