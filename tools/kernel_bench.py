@@ -4,9 +4,10 @@
 
 Every contender runs once a round, round after round, so that whatever else the machine does falls on all of them. A
 ratio is taken within each round; printed are the median, the 10th to 90th percentile, and the ratio of the fastest
-rounds. On a CPU the kernels are timed on one thread and on all, with memory allocated as Python and torch do; the step
-on the model in --model, bfloat16, with freed memory kept. On a GPU the step is timed on random weights in OPT's shapes,
-16 rows of 400 tokens. A row per figure goes to a CSV file in --out.
+rounds. On CUDA devices time is what events on the device say. On a CPU the kernels are timed on one thread and on all,
+with memory allocated as Python and torch do; the step on the model in --model, bfloat16, with freed memory kept. On a
+GPU the step is timed on random weights in OPT's shapes, 16 rows of 400 tokens. A row per figure goes to a CSV file in
+--out.
 """
 
 from __future__ import annotations
@@ -87,12 +88,29 @@ def interleave(
     for number in range(rounds + 1):
         for name, run in contenders.items():
             wait(device)
-            start = clock()
-            run()
-            wait(device)
+            took = by_events(run) if device.type == "cuda" else by_clock(run, clock, device)
             if number:
-                seconds[name].append(clock() - start)
+                seconds[name].append(took)
     return seconds
+
+
+def by_clock(run: Contender, clock: Callable[[], float], device: torch.device) -> float:
+    start = clock()
+    run()
+    wait(device)
+    return clock() - start
+
+
+def by_events(run: Contender) -> float:
+    """Seconds on the device. It sleeps first, so that Python's time before a launch is not in them, unless what runs
+    waits for the device itself."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def wait(device: torch.device) -> None:

@@ -67,7 +67,7 @@ def learned(cells: Sequence[Cell], target: float) -> Learned | None:
             return None
         recipe, run = cell.recipe, RunDirectory(cell.recipe.directory)
         estimator = estimator_of(recipe)
-        forwards = len(estimator.branches(range(estimator.num_directions), recipe.optimizer.eps))
+        forwards = len(estimator.branches(range(estimator.num_directions), 1e-3))
         if getattr(estimator, "group_size", None) is not None:
             forwards //= estimator.num_directions
         per_step, lines = forwards * recipe.train.batch_size, run.read_metrics()

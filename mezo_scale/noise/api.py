@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -26,22 +28,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mezo_scale.noise import check, fake, reference, spec
 from mezo_scale.noise.kind import NORMAL, Noise
 from mezo_scale.noise.low_rank import Factors
+from mezo_scale.noise.parts import Branches, Part
 
 Runs = npt.NDArray[np.int64]
 FACTORS = 1 << 22  # numbers of factors that a sweep over several steps holds at once: 16 MiB
 
 
 def _kernels_for(tensor: Tensor) -> ModuleType:
-    return fake if isinstance(tensor, FakeTensor) else _kernels(tensor.device)
+    return fake if isinstance(tensor, FakeTensor) else _kernels_on(tensor.device.type)
 
 
 def _kernels(device: torch.device) -> ModuleType:
+    return _kernels_on(device.type)
+
+
+@cache
+def _kernels_on(device: str) -> ModuleType:
     # Imported on first use: Numba and Triton each take a second to import.
-    if device.type == "cpu" and importlib.util.find_spec("numba"):
+    if device == "cpu" and importlib.util.find_spec("numba"):
         from mezo_scale.noise import cpu
 
         return cpu
-    if device.type in ("cuda", "xpu") and importlib.util.find_spec("triton"):
+    if device in ("cuda", "xpu") and importlib.util.find_spec("triton"):
         from mezo_scale.noise import cuda
 
         return cuda
@@ -134,27 +142,141 @@ def write_(
     shape: of the whole parameter, which low-rank noise must know.
     Raises ValueError, naming the argument, before anything is written.
     """
+    seeds, alphas, decays = check.steps(seeds, alphas, decays)
+    stochastic = check.stochastic(rounding)
+    part = part_of(local, runs, param_id, remainder=remainder, noise=noise, shape=shape)
+    write_all_([part], seeds, alphas[None], decays[None], stochastic=stochastic, noise=noise)
+
+
+def part_of(
+    local: Tensor,
+    runs: Runs,
+    param_id: int,
+    *,
+    remainder: Tensor | None = None,
+    noise: Noise = NORMAL,
+    shape: Sequence[int] | None = None,
+    alphas: int = 0,
+    decays: int = 0,
+) -> Part:
+    """A shard for `write_all_`, checked. Arguments, and what is raised, as for `write_`.
+
+    alphas, decays: its rows of those that `write_all_` is given.
+    """
     check.storage("local", local)
     check.identity(0, param_id)
     if local.dim() != 1:
         raise ValueError(f"local has {local.dim()} dimensions, expected 1: pass the flat shard")
     runs = check.runs(runs, local.numel())
-    seeds, alphas, decays = check.steps(seeds, alphas, decays)
     check.remainder(remainder, local)
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
-    stream, rank = check.stream(noise), check.rank(noise, shape, runs)
-    stochastic = rounding == "stochastic"
-    if not len(runs) or not len(decays):
+    check.stream(noise)
+    rank = check.rank(noise, shape, runs)
+    return Part(local, runs, param_id, remainder, alphas, decays, tuple(shape or ()), rank)
+
+
+def write_all_(
+    parts: Sequence[Part],
+    seeds: npt.NDArray[np.uint64],
+    alphas: npt.NDArray[np.float32],
+    decays: npt.NDArray[np.float32],
+    *,
+    stochastic: bool = False,
+    noise: Noise = NORMAL,
+) -> None:
+    """`write_` of many shards; on a GPU in one launch for all that are stored alike. Nothing is checked here.
+
+    seeds: [S, K]; alphas: [groups, S, K]; decays: [rows, S]; each part says which of the last two are its own.
+    """
+    parts = [part for part in parts if len(part.runs)]
+    if not len(seeds):
         return
-    kernels, sweeps = _kernels_for(local), _sweeps_for(local, rank)
-    at_once = len(seeds) if rank is None else max(1, FACTORS // (seeds.shape[1] * rank * sum(shape or ())))
+    dense: dict[ModuleType, list[Part]] = {}
     with torch.no_grad():
-        for first in range(0, len(seeds), at_once):
-            part = slice(first, first + at_once)
-            steps = (seeds[part], alphas[part], decays[part])
-            drawn = _factors(seeds[part].ravel(), param_id, rank, shape or (), noise, kernels, local.device)
-            sweeps.write_(local, runs, param_id, *steps, remainder, stochastic, stream, drawn)
+        for part in parts:
+            kernels = _kernels_for(part.local)
+            if part.rank is None and hasattr(kernels, "write_all_"):
+                dense.setdefault(kernels, []).append(part)
+            else:
+                _write_(part, kernels, seeds, alphas[part.alphas], decays[part.decays], stochastic, noise)
+        for kernels, alike in dense.items():
+            kernels.write_all_(alike, seeds, alphas, decays, stochastic, noise.stream)
+
+
+def _write_(
+    part: Part,
+    kernels: ModuleType,
+    seeds: npt.NDArray[np.uint64],
+    alphas: npt.NDArray[np.float32],
+    decays: npt.NDArray[np.float32],
+    stochastic: bool,
+    noise: Noise,
+) -> None:
+    local, rank, shape = part.local, part.rank, part.shape
+    sweeps = _sweeps_for(local, rank)
+    at_once = len(seeds) if rank is None else max(1, FACTORS // (seeds.shape[1] * rank * sum(shape)))
+    for first in range(0, len(seeds), at_once):
+        some = slice(first, first + at_once)
+        drawn = _factors(seeds[some].ravel(), part.param_id, rank, shape, noise, kernels, local.device)
+        steps = (np.ascontiguousarray(array[some]) for array in (seeds, alphas, decays))
+        sweeps.write_(local, part.runs, part.param_id, *steps, part.remainder, stochastic, noise.stream, *_given(drawn))
+
+
+def _given(drawn: Factors | None) -> tuple[Factors, ...]:
+    """As an argument for sweeps that may know no factors."""
+    return () if drawn is None else (drawn,)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Perturbed:
+    """A parameter whose perturbed copies are made time and again: `view` without its checks.
+
+    Attributes:
+        runs: which elements the weight holds; is_whole: whether they are all of it.
+    """
+
+    param_id: int
+    runs: Runs
+    is_whole: bool
+    noise: Noise
+    shape: tuple[int, ...]
+    rank: int | None
+    numel: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        param_id: int,
+        *,
+        runs: Runs | None = None,
+        noise: Noise = NORMAL,
+        shape: Sequence[int] | None = None,
+    ) -> Perturbed:
+        """Arguments, and what is raised, as for `view`."""
+        check.storage("weight", weight)
+        check.identity(0, param_id)
+        check.stream(noise)
+        whole = np.array([[0, 0, weight.numel()]], dtype=np.int64)
+        runs = whole if runs is None else check.runs(runs, weight.numel())
+        shape = tuple(weight.shape if shape is None else shape)
+        is_whole = int(runs[:, 2].sum()) == weight.numel()
+        rank = check.rank(noise, shape, runs)
+        return cls(param_id, runs, is_whole, noise, shape, rank, weight.numel(), weight.device)
+
+    def fits(self, weight: Tensor) -> bool:
+        return weight.numel() == self.numel and weight.device == self.device
+
+    def view(self, weight: Tensor, branches: Branches, out: Tensor) -> None:
+        with torch.no_grad():
+            if not self.is_whole:
+                out.copy_(weight.expand_as(out))
+            if not self.numel:
+                return
+            kernels = _kernels_for(weight)
+            drawn = _factors(branches.seeds, self.param_id, self.rank, self.shape, self.noise, kernels, self.device)
+            sweeps = _sweeps_for(weight, self.rank)
+            sweeps.view(weight, self.runs, self.param_id, branches, out, self.noise.stream, *_given(drawn))
 
 
 def view(
@@ -167,7 +289,7 @@ def view(
     noise: Noise = NORMAL,
     shape: Sequence[int] | None = None,
 ) -> None:
-    """Fill out[b] with weight + scale_b * z(seed_b), from one read of the weight and one z per distinct seed.
+    """Fill out[b] with weight + scale_b * z(seed_b), from one read of the weight and one z for neighbours of one seed.
 
     The product and the sum are rounded to float32 each, the result to the nearest value of out's dtype.
     weight: contiguous; float32, bfloat16 or float16; the whole parameter, or with `runs` a part of it (elements that
@@ -176,21 +298,10 @@ def view(
     shape: of the whole parameter, which low-rank noise must know; None: the weight's.
     Raises ValueError, naming the argument, before anything is written.
     """
-    check.storage("weight", weight)
-    check.identity(0, param_id)
-    branches = check.branches(branches)
-    check.output(out, (len(branches), *weight.shape), weight.device)
-    stream = check.stream(noise)
-    whole = np.array([[0, 0, weight.numel()]], dtype=np.int64)
-    runs = whole if runs is None else check.runs(runs, weight.numel())
-    shape = weight.shape if shape is None else shape
-    rank = check.rank(noise, shape, runs)
-    with torch.no_grad():
-        if int(runs[:, 2].sum()) < weight.numel():
-            out.copy_(weight.expand_as(out))
-        if weight.numel():
-            drawn = _factors(_seeds(branches), param_id, rank, shape, noise, _kernels_for(weight), weight.device)
-            _sweeps_for(weight, rank).view(weight, runs, param_id, branches, out, stream, drawn)
+    perturbed = Perturbed.of(weight, param_id, runs=runs, noise=noise, shape=shape)
+    given = branches if isinstance(branches, Branches) else Branches(branches)
+    check.output(out, (len(given), *weight.shape), weight.device)
+    perturbed.view(weight, given, out)
 
 
 def rows(
@@ -221,7 +332,7 @@ def rows(
     with torch.no_grad():
         if out.numel():
             drawn = _factors(_seeds(branches), param_id, rank, table.shape, noise, _kernels_for(table), table.device)
-            _sweeps_for(table, rank).rows(table, param_id, branches, ids, out, stream, drawn)
+            _sweeps_for(table, rank).rows(table, param_id, branches, ids, out, stream, *_given(drawn))
 
 
 def _seeds(branches: Sequence[tuple[int, float]]) -> npt.NDArray[np.uint64]:

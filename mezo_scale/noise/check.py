@@ -119,6 +119,12 @@ def remainder(remainder: Tensor | None, local: Tensor) -> None:
         raise ValueError(f"remainder is on {remainder.device}, expected {local.device}")
 
 
+def stochastic(rounding: str) -> bool:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
+    return rounding == "stochastic"
+
+
 def branches(branches: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """The branches with scales rounded to float32."""
     if not len(branches):

@@ -1,13 +1,14 @@
 """Noise on GPUs, through Triton: the same kernels for CUDA, ROCm and XPU.
 
-Nothing here waits for the device: what the kernels read besides the tensors is uploaded once and kept.
+Nothing here waits for the device. What the kernels read besides the tensors is uploaded once and kept
+(`device_tables`): where elements lie for as long as they lie there, a step's seeds and multipliers in buffers that stay
+where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,25 +16,18 @@ import torch
 from torch import Tensor
 
 from mezo_scale.noise import triton_kernels
+from mezo_scale.noise.device_tables import constant, current, parts_table, runs_table
+from mezo_scale.noise.parts import Branches, Part
 from mezo_scale.noise.spec import M32, TILE
+from mezo_scale.noise.triton_tiles import INTERPRETED
 
 FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 TAKES_FACTORS = False  # whether the sweeps know low-rank noise
-WARPS = 2  # 16 elements of a tile in each thread's registers
+WARPS = 1  # a whole tile in one warp: the fewest instructions for an element (tools/kernel_sass.py)
 OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}  # no a * b + c contracted
 
 Runs = npt.NDArray[np.int64]
-
-
-@lru_cache(maxsize=1024)
-def _upload(data: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype).to(device, non_blocking=True)
-
-
-def _on(device: torch.device, array: npt.NDArray[np.generic]) -> Tensor:
-    """The array on the device: int64 for any integers. The same few arrays come again for every parameter and step."""
-    return _upload(array.tobytes(), torch.float32 if array.dtype == np.float32 else torch.int64, device)
 
 
 def _identity(param_id: int) -> tuple[int, int]:
@@ -47,18 +41,8 @@ def _current(device: torch.device) -> AbstractContextManager[None]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launches(runs: Runs) -> Iterator[tuple[Runs, int]]:
-    """The runs in classes of like length, each with the most tiles a run of it meets, so that few programs idle."""
-    runs = runs[runs[:, 2] > 0]
-    tiles = (runs[:, 1] + runs[:, 2] - 1 >> 10) - (runs[:, 1] >> 10) + 1
-    size = np.frexp(tiles.astype(np.float64))[1]
-    for each in np.unique(size):
-        yield runs[size == each], int(tiles[size == each].max())
-
-
-def _aligned(runs: Runs) -> bool:
-    """Whether all addresses of a tile's lanes are multiples of 16 elements, given that the tensors' are."""
-    return not ((runs[:, 0] - runs[:, 1]) % 16).any()
+def _takes_ptx(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and not INTERPRETED.value
 
 
 def write_(
@@ -72,26 +56,49 @@ def write_(
     stochastic: bool,
     stream: int,
 ) -> None:
-    kind = KINDS[local.dtype] if remainder is None else MASTER
-    storage = local if remainder is None else local.view(torch.int16)
-    steps = [_on(local.device, array) for array in (seeds, alphas, decays)]
-    for part, tiles in _launches(runs):
-        with _current(local.device):
-            triton_kernels.write[(len(part) * tiles,)](
-                storage,
-                remainder if remainder is not None else storage,
-                _on(local.device, part),
-                tiles,
-                *_identity(param_id),
-                *steps,
-                *seeds.shape,
-                decayed=bool((decays != 1).any()),
-                kind=kind,
-                stochastic=stochastic and kind in (BFLOAT16, FLOAT16),
-                stream=stream,
-                aligned=_aligned(part),
-                **OPTIONS,
-            )
+    write_all_([Part(local, runs, param_id, remainder)], seeds, alphas[None], decays[None], stochastic, stream)
+
+
+def write_all_(
+    parts: Sequence[Part],
+    seeds: npt.NDArray[np.uint64],
+    alphas: npt.NDArray[np.float32],
+    decays: npt.NDArray[np.float32],
+    stochastic: bool,
+    stream: int,
+) -> None:
+    """`write_` of several shards, in one launch for all that are stored alike.
+
+    alphas: [groups, S, K]; decays: [rows, S]; each part says which.
+    """
+    kinds: dict[tuple[torch.device, int], list[Part]] = {}
+    for part in parts:
+        kind = KINDS[part.local.dtype] if part.remainder is None else MASTER
+        kinds.setdefault((part.local.device, kind), []).append(part)
+    steps, directions = seeds.shape
+    for (device, kind), alike in kinds.items():
+        here = [current(device, name, array) for name, array in (("s", seeds), ("a", alphas), ("d", decays))]
+        for places in parts_table(alike):
+            assert places.tensors is not None
+            local, low = places.tensors
+            with _current(device):
+                triton_kernels.write[(places.programs,)](
+                    local if kind != MASTER else local.view(torch.int16),
+                    low if low is not None else local,
+                    *places.arrays,
+                    *here,
+                    steps,
+                    directions=directions,
+                    decayed=bool((decays != 1).any()),
+                    kind=kind,
+                    stochastic=stochastic and kind in (BFLOAT16, FLOAT16),
+                    stream=stream,
+                    one_step=steps == 1,
+                    single=places.single,
+                    aligned=places.aligned,
+                    ptx=_takes_ptx(device),
+                    **OPTIONS,
+                )
 
 
 def draw(
@@ -107,32 +114,47 @@ def draw(
 def view(
     weight: Tensor, runs: Runs, param_id: int, branches: Sequence[tuple[int, float]], out: Tensor, stream: int
 ) -> None:
-    names = [seed for seed, _ in branches]
-    order = sorted(range(len(names)), key=lambda b: names.index(names[b]))
-    seeds, counts = zip(*((seed, names.count(seed)) for seed in dict.fromkeys(names)), strict=True)
-    targets = np.array(order, dtype=np.int64) * weight.numel()
-    arrays = (
-        np.array(seeds, dtype=np.uint64),
-        np.cumsum(counts),
-        np.array([branches[b][1] for b in order], dtype=np.float32),
-        targets,
-    )
-    groups = [_on(weight.device, array) for array in arrays]
-    for part, tiles in _launches(runs):
-        with _current(weight.device):
-            triton_kernels.view[(len(part) * tiles,)](
+    """One launch for each seed; those of one seed that are neighbours share it."""
+    first = 0
+    while first < len(branches):
+        last = first + 1
+        while last < len(branches) and branches[last][0] == branches[first][0]:
+            last += 1
+        _view(weight, runs, param_id, branches[first:last], out[first:last], stream)
+        first = last
+
+
+def _view(
+    weight: Tensor, runs: Runs, param_id: int, branches: Sequence[tuple[int, float]], out: Tensor, stream: int
+) -> None:
+    device, numel = weight.device, weight.numel()
+    seed, scales = _uploaded(branches, device)
+    targets = constant(device, tuple(numel * number for number in range(len(branches))))
+    aligned = numel % 16 == 0 or len(branches) == 1
+    for places in runs_table(runs, param_id, device):
+        with _current(device):
+            triton_kernels.view[(places.programs,)](
                 weight,
                 out,
-                _on(weight.device, part),
-                tiles,
-                *_identity(param_id),
-                *groups,
-                len(seeds),
+                *places.arrays,
+                seed,
+                scales,
+                targets,
+                branches=len(branches),
                 out_kind=KINDS[out.dtype],
                 stream=stream,
-                aligned=_aligned(part) and not (targets % 16).any(),
+                single=places.single,
+                aligned=places.aligned and aligned,
+                ptx=_takes_ptx(device),
                 **OPTIONS,
             )
+
+
+def _uploaded(branches: Sequence[tuple[int, float]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seeds and scales of neighbours, in the buffer of all branches of the step where they are a part of those."""
+    part = branches if isinstance(branches, Branches) else Branches(branches)
+    seeds, scales = current(device, "seeds", part.whole.seeds), current(device, "scales", part.whole.scales)
+    return seeds[part.first :], scales[part.first :]
 
 
 def rows(
@@ -140,8 +162,7 @@ def rows(
 ) -> None:
     width = table[0].numel()
     tiles = (width + 2 * TILE - 2) // TILE  # the most that a row meets
-    seeds = np.array([seed for seed, _ in branches], dtype=np.uint64)
-    scales = np.array([scale for _, scale in branches], dtype=np.float32)
+    seeds, scales = _uploaded(branches, table.device)
     with _current(table.device):
         triton_kernels.rows[(ids.numel() * tiles,)](
             table,
@@ -149,12 +170,13 @@ def rows(
             ids.contiguous(),
             tiles,
             *_identity(param_id),
-            _on(table.device, seeds),
-            _on(table.device, scales),
+            seeds,
+            scales,
             table.shape[0],
             width,
             ids.shape[1],
             out_kind=KINDS[out.dtype],
             stream=stream,
+            ptx=_takes_ptx(table.device),
             **OPTIONS,
         )

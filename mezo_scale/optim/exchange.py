@@ -17,15 +17,15 @@ from mezo_scale.optim.reads import Reads
 from mezo_scale.trajectory import StepRecord
 
 
-def mean_losses(
+def add_up(
     step: int,
     last: StepRecord | None,
     mine: Sums,
     reads: Reads,
     read: Collection[str],
     group_size: int | None = None,
-) -> list[float]:
-    """The mean loss over all ranks' rows in each branch, the same on all ranks. Every rank must call it, or `fail`.
+) -> Sums:
+    """The sums over all ranks, the same on each of them. Every rank must call it, or `fail`.
 
     Args:
         last: the record before; the ranks compare it.
@@ -37,8 +37,8 @@ def mean_losses(
         RankError: a rank's ``last`` record is another one, or a rank has failed; it is named. Or rows are missing.
         ViewError: no rank has read any of the parameters.
     """
-    totals, news = _exchange(step, last, [*mine.sums, *mine.counts], reads.news(read))
-    sums, counts = totals[: len(mine.sums)], totals[len(mine.sums) :]
+    values, news = _exchange(step, last, mine.values, reads.news(read))
+    totals = Sums.parse(values, len(mine.sums))
     if news:
         reads.agree(read)
     if len(reads.unread) == len(reads.names):
@@ -46,13 +46,12 @@ def mean_losses(
             "the losses were computed without reading any of the model's trainable parameters: evaluate the model "
             "that the optimizer was made with"
         )
-    if group_size is not None and any(count != group_size for count in counts):
+    if group_size is not None and any(count != group_size for count in totals.counts):
         raise RankError(
-            f"step {step} lacks rows of a rank that failed in measure() (a group has {min(counts):g} rows, expected "
-            f"{group_size}): measure the step's rows again, on all ranks"
+            f"step {step} lacks rows of a rank that failed in measure() (a group has {min(totals.counts):g} rows, "
+            f"expected {group_size}): measure the step's rows again, on all ranks"
         )
-    each = len(sums) // len(counts)
-    return [value / counts[branch // each] for branch, value in enumerate(sums)]
+    return totals
 
 
 def count_rows(step: int, rows: int | None) -> list[int]:
@@ -77,7 +76,7 @@ def fail(step: int, last: StepRecord | None, numbers: int, *, patience_s: float 
     Where they are in the middle of gathering weights with this rank, they can't be told that way.
 
     Args:
-        numbers: how many sums and counts the others would give.
+        numbers: how many values the others would give.
         patience_s: how long to wait for them; None: as long as the process group does.
 
     Returns:
@@ -112,7 +111,7 @@ def _exchange(
     failed: bool = False,
     patience_s: float | None = None,
 ) -> tuple[list[float], bool]:
-    """The sums over all ranks, and whether any rank has news. Raises RankError as `mean_losses` does."""
+    """The sums over all ranks, and whether any rank has news. Raises RankError as `add_up` does."""
     digest = _digest(last)
     mine = [*sums, digest, digest**2, float(news), float(failed)]
     *totals, digests, squares, newer, failures = collectives.sum_scalars(mine, timeout_s=patience_s)

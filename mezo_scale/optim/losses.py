@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from mezo_scale import collectives
 from mezo_scale.errors import RankError
+from mezo_scale.optim import signal
 from mezo_scale.optim.batch import Batch, rows, take
 from mezo_scale.optim.company import Company
 from mezo_scale.optim.pieces import Forward, Piece, check_micro_batch
 from mezo_scale.perturbation import Branch, PairingError, View
 from mezo_scale.perturbation.pairing import in_words
+from mezo_scale.sharding import schemes
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> losses of the batch's rows, [rows]. One that jumps, as the score of a text does, may have a
@@ -27,6 +30,7 @@ Objective = Callable[[nn.Module, Any], Tensor]
 PROBE = 10.0
 """The start-up check perturbs this many eps: branches then differ by far more than two ways of computing one branch."""
 
+_UNKNOWN = [math.nan] * signal.PARTS
 _FAILED = 2  # what a rank says of the start-up check that met an error; 1: it does not pair
 
 
@@ -37,10 +41,22 @@ class Sums:
     Attributes:
         sums: per branch.
         counts: rows per group of rows: one number where all rows are in all branches, else one per direction.
+        squares: the sum over directions and rows of the squared slope of a row, as `signal.split` gives it; NaN where
+            rows have none.
     """
 
     sums: list[float]
     counts: list[float]
+    squares: list[float]
+
+    @classmethod
+    def nothing(cls, branches: int, groups: int) -> Sums:
+        return cls([0.0] * branches, [0.0] * groups, [0.0] * signal.PARTS)
+
+    @classmethod
+    def parse(cls, values: Sequence[float], branches: int) -> Sums:
+        """From what `values` gives."""
+        return cls(list(values[:branches]), list(values[branches : -signal.PARTS]), list(values[-signal.PARTS :]))
 
     def __add__(self, more: Sums) -> Sums:
         """With those of more rows: in the same branches, and in those of groups that come after."""
@@ -48,7 +64,18 @@ class Sums:
             [one + other for one, other in zip_longest(mine, theirs, fillvalue=0.0)]
             for mine, theirs in ((self.sums, more.sums), (self.counts, more.counts))
         )
-        return Sums(sums, counts)
+        return Sums(sums, counts, [one + other for one, other in zip(self.squares, more.squares, strict=True)])
+
+    @property
+    def values(self) -> list[float]:
+        """All of it, to be added to that of other ranks."""
+        return [*self.sums, *self.counts, *self.squares]
+
+    @property
+    def means(self) -> list[float]:
+        """Over the rows of each branch."""
+        each = len(self.sums) // len(self.counts)
+        return [value / self.counts[branch // each] for branch, value in enumerate(self.sums)]
 
     @property
     def mean(self) -> float:
@@ -78,6 +105,7 @@ class Evaluator:
         self.view = view
         self.paired = paired  # None until the start-up check has decided
         self.company = Company(model, view)
+        self.has_own_rows = not schemes.share_rows(model)  # and not those of a tensor-parallel rank
         self._last: list[Branch] = []  # of the latest forward
 
     def losses(
@@ -117,15 +145,18 @@ class Evaluator:
         if self.paired is None:
             self.paired = self._check(pieces[0].two_branches(), objective, branches)
             self.company.forget()
-        sums, counts = [0.0] * len(branches), [0.0] * num_groups
+        total = Sums.nothing(len(branches), num_groups)
+        compares = self.has_own_rows and signal.is_two_sided(branches)
         for piece in pieces:
-            losses = self._evaluate(piece, objective, branches)
-            losses = losses * torch.tensor(piece.weights, dtype=losses.dtype, device=losses.device)
+            losses = self._evaluate(piece, objective, branches).cpu()  # the step's one wait for the device
+            losses = losses * torch.tensor(piece.weights, dtype=losses.dtype)
             for branch, part in zip(piece.branches, losses.sum(dim=1).tolist(), strict=True):
-                sums[branch] += part
+                total.sums[branch] += part
             for group, count in piece.counts:
-                counts[group] += count
-        return Sums(sums, counts)
+                total.counts[group] += count
+            found = _squares(losses, [branches[branch][1] for branch in piece.branches]) if compares else _UNKNOWN
+            total.squares[:] = [one + more for one, more in zip(total.squares, found, strict=True)]
+        return total
 
     def per_row(self, batch: Batch, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """Losses of a batch in each branch, float64 [branches, rows], outside of any step."""
@@ -145,7 +176,7 @@ class Evaluator:
                 raise ValueError("the closure returned an empty tensor: expected a scalar loss or per-row losses")
             sums.append(float(losses.sum()))
             count = float(losses.numel())
-        return Sums(sums, [count])
+        return Sums(sums, [count], _UNKNOWN)
 
     def keep_company(self) -> None:
         """After a failure of this rank alone: gather with the others until they have their losses."""
@@ -236,6 +267,12 @@ class Evaluator:
             f"is gathered once per branch: {reason}",
             stacklevel=2,
         )
+
+
+def _squares(losses: Tensor, scales: Sequence[float]) -> list[float]:
+    """Of the slopes of rows between the two sides of each direction. losses: float64 [branches, rows]."""
+    widths = 2 * torch.tensor(scales[::2], dtype=losses.dtype)
+    return signal.split(((losses[::2] - losses[1::2]) / widths[:, None]).square())
 
 
 @contextmanager

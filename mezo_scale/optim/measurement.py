@@ -9,7 +9,7 @@ from torch import nn
 from mezo_scale import collectives
 from mezo_scale.errors import ShardingError
 from mezo_scale.noise import direction_seed
-from mezo_scale.optim import exchange
+from mezo_scale.optim import exchange, signal
 from mezo_scale.optim.batch import rows
 from mezo_scale.optim.estimators import Estimator, group_size
 from mezo_scale.optim.losses import Evaluator, Sums, Work
@@ -48,8 +48,8 @@ class Measurement:
 
     @property
     def numbers(self) -> int:
-        """How many sums and counts the ranks exchange."""
-        return len(self.branches) + (1 if self._group_size is None else len(self.seeds))
+        """How many values the ranks exchange."""
+        return len(self.branches) + (1 if self._group_size is None else len(self.seeds)) + signal.PARTS
 
     def add(self, evaluator: Evaluator, work: Work) -> float:
         """Evaluate some rows; every rank does, where rows have groups. The mean loss over them and their branches."""
@@ -63,8 +63,11 @@ class Measurement:
         self.sums = sums if self.sums is None else self.sums + sums
         return sums.mean
 
-    def mean_losses(self, last: StepRecord | None, reads: Reads, read: Collection[str]) -> list[float]:
-        """The mean loss in each branch, the same on all ranks; errors, too, as of `exchange.mean_losses`.
+    def finish(
+        self, last: StepRecord | None, reads: Reads, read: Collection[str]
+    ) -> tuple[list[float], list[float], signal.Signal | None]:
+        """The mean loss in each branch, the slope along each direction and what rows say of the gradient, the same on
+        all ranks; errors, too, as of `exchange.add_up`.
 
         Raises:
             ValueError: on all ranks, if the rows do not make whole groups, or are not as many as the estimator has.
@@ -82,8 +85,11 @@ class Measurement:
                     f"the step has {self._rows} rows over all ranks, which the group_size {self._group_size} does not "
                     "divide: measure a multiple"
                 )
-            self.sums += Sums([0.0] * len(self.branches), [0.0] * len(self.seeds))  # of groups that are on other ranks
-        return exchange.mean_losses(self._step, last, self.sums, reads, read, self._group_size)
+            self.sums += Sums.nothing(len(self.branches), len(self.seeds))  # of groups that are on other ranks
+        totals = exchange.add_up(self._step, last, self.sums, reads, read, self._group_size)
+        losses = totals.means
+        slopes = self._estimator.gradients(losses, self.eps)
+        return losses, slopes, signal.Signal.of(totals.squares, int(totals.counts[0]), slopes)
 
     def _counted(self, work: Work) -> list[int]:
         """The rows of each rank. An error of one rank is raised there, and a RankError on the others."""

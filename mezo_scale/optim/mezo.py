@@ -22,6 +22,7 @@ from mezo_scale.optim.opening import take_up_
 from mezo_scale.optim.reads import Reads
 from mezo_scale.optim.replay import Progress, Start, describe, manifest
 from mezo_scale.optim.rules import Measured
+from mezo_scale.optim.signal import Signal
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
 from mezo_scale.sharding import Shard, discover
@@ -96,11 +97,12 @@ class MeZO(torch.optim.Optimizer):
         self._rule = rules.Sgd() if rule is None else rule
         check_rows(self._estimator, model, logged=trajectory is not None)
         view = View(model, dtype=dtype, noise=Noise.of(distribution))
-        given = params if params is not None else [{"params": groups.listed(view.layout)}]
-        super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
+        params = [{"params": groups.listed(view.layout)}] if params is None else params
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.model = model
         self.eps, self.seed, self.step_count = eps, seed, 0
         self.last_record: StepRecord | None = None
+        self.last_signal: Signal | None = None
         self._dtype, self._paired = dtype, paired
         self._under_way: Measurement | None = None
         self._past: list[Measured] = []
@@ -269,8 +271,7 @@ class MeZO(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._writer.load_state_(remainders)
         self.step_count, self.seed, self.eps = int(found["step_count"]), int(found["seed"]), float(found["eps"])
-        self._under_way = None
-        self._estimator = estimators.settled(self._estimator, int(found["num_directions"]))
+        self._under_way, self._estimator = None, estimators.settled(self._estimator, int(found["num_directions"]))
         self._past = [Measured(tuple(seeds), tuple(grads)) for seeds, grads in found["past"]]
         self._reads.take_up(found["unread"])
         self._publish()
@@ -341,10 +342,9 @@ class MeZO(torch.optim.Optimizer):
 
     def _record(self, under_way: Measurement) -> StepRecord:
         """What the step does, the same on all ranks."""
-        step = self.step_count
+        step, read = self.step_count, self._evaluator.view.read
         with self._heartbeat.inside(step):
-            losses = under_way.mean_losses(self.last_record, self._reads, self._evaluator.view.read)
+            losses, grads, self.last_signal = under_way.finish(self.last_record, self._reads, read)
         self._estimator = estimators.settled(self._estimator, len(under_way.seeds))
-        grads = tuple(self._estimator.gradients(losses, under_way.eps))
-        window = [Measured(under_way.seeds, grads), *self._past]
+        window = [Measured(under_way.seeds, tuple(grads)), *self._past]
         return rules.record(step, self._rule, window, self.param_groups, sum(losses) / len(losses), self._reads.unread)

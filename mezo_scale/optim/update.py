@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mezo_scale.errors import ShardingError
-from mezo_scale.noise import NORMAL, Noise, param_id, write_
+from mezo_scale.noise import NORMAL, Noise, param_id
+from mezo_scale.noise.api import part_of, write_all_
+from mezo_scale.noise.parts import Part
 from mezo_scale.sharding import Layout, Shard
 from mezo_scale.sharding.state import as_state, copy_, fits
 from mezo_scale.trajectory import StepRecord
@@ -51,6 +53,7 @@ class Writer:
         self.rounding = rounding
         self.noise = noise
         self.remainders: dict[str, Tensor] = {}
+        self._parts: dict[str, Part] = {}
         self.state: dict[nn.Parameter, Tensor] = {}
         if rounding == "master":
             self._add_remainders()
@@ -133,30 +136,50 @@ class Writer:
         records = [record for record in records if not record.skipped]
         if not records:
             return
+        reading: dict[tuple[bool, ...], list[Shard]] = {}
         for number, shard in enumerate(self.layout.shards):
-            written = [record for record in records if not record.unread or number not in record.unread]
+            which = tuple(not record.unread or number not in record.unread for record in records)
+            reading.setdefault(which, []).append(shard)
+        for which, shards in reading.items():
+            written = [record for record, reads in zip(records, which, strict=True) if reads]
             if written:
-                self._write_(shard, written)
+                self._write_(shards, written)
         self.layout.refresh()
 
-    def _write_(self, shard: Shard, records: Sequence[StepRecord]) -> None:
-        group = self.groups.get(shard.name, 0)
-        decays = [record.decays[group] if shard.decayed else 1.0 for record in records]
-        with shard.storage() as local:
-            write_(
+    def _write_(self, shards: Sequence[Shard], records: Sequence[StepRecord]) -> None:
+        groups = range(len(records[0].decays))
+        alphas = [[record.alphas_of(group) for record in records] for group in groups]
+        # The first row of decays is of shards that have none.
+        decays = [[1.0] * len(records)] + [[record.decays[group] for record in records] for group in groups]
+        step = (
+            np.array([record.seeds for record in records], dtype=np.uint64),
+            np.array(alphas, dtype=np.float32),
+            np.array(decays, dtype=np.float32),
+        )
+        stochastic = self.rounding == "stochastic"
+        here = [self._part(shard, shard.local) for shard in shards if shard.paged is None]
+        write_all_(here, *step, stochastic=stochastic, noise=self.noise)
+        for shard in shards:
+            if shard.paged is not None:
+                with shard.storage() as local:
+                    write_all_([self._part(shard, local)], *step, stochastic=stochastic, noise=self.noise)
+
+    def _part(self, shard: Shard, local: Tensor) -> Part:
+        """A shard to be written, checked once for as long as its memory is the same."""
+        part = self._parts.get(shard.name)
+        if part is None or part.local is not local:
+            group = self.groups.get(shard.name, 0)
+            part = self._parts[shard.name] = part_of(
                 local,
                 shard.runs,
                 shard.param_id,
-                np.array([record.seeds for record in records], dtype=np.uint64),
-                np.array([record.alphas_of(group) for record in records], dtype=np.float32),
-                np.array(decays, dtype=np.float32),
                 remainder=self.remainders.get(shard.name),
-                rounding="stochastic"
-                if self.rounding == "stochastic" and shard.local.dtype != torch.float32
-                else "nearest",
                 noise=self.noise,
                 shape=shard.shape,
+                alphas=group,
+                decays=group + 1 if shard.decayed else 0,
             )
+        return part
 
 
 def low_bits_of(shard: Shard, low: Tensor) -> Shard:

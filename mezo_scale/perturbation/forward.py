@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import low_rank, pairing, rows
 from mezo_scale.perturbation.pairing import Pairing
 from mezo_scale.perturbation.substitute import in_float32, is_half, shadowed
@@ -31,7 +32,7 @@ class Runner:
     def __init__(self, weights: Weights, pairs: Pairing) -> None:
         self.weights = weights
         self.pairing = pairs
-        self.branches: list[Branch] = []
+        self.branches: Sequence[Branch] = []
         self.active: tuple[int, ...] = ()
         self.rows = 0
         self.held: set[Site] = set()
@@ -73,9 +74,13 @@ class Runner:
         return rows.merge(results, self.rows)
 
     def _perturb(self, module: nn.Module, sites: Sequence[Site], group: Sequence[int]) -> dict[Site, list[Tensor]]:
-        branches = [self.branches[branch] for branch in group]
-        wide = is_wide(module)
+        branches, wide = self.neighbours(group), is_wide(module)
         return {site: self.weights.perturb(site, branches, wide=wide and site.module is module) for site in sites}
+
+    def neighbours(self, group: Sequence[int]) -> Branches:
+        branches = self.branches[group[0] : group[-1] + 1]
+        assert isinstance(branches, Branches), "of a view that is open"
+        return branches
 
     def _with(self, made: dict[Site, Tensor], module: nn.Module, original: Forward, args: Any, kwargs: Any) -> Any:
         """A module's forward with other weights in their place; in float32 if it normalises in 16 bits."""
@@ -107,7 +112,7 @@ class Runner:
         result = x.new_empty(len(active), blocks.shape[1], weight_here.shape[0], dtype=dtype)
         for group in _by_seed(self.branches, active):
             with self.weights.scratch.frame():
-                branches = [self.branches[branch] for branch in group]
+                branches = self.neighbours(group)
                 made = {attr: self.weights.perturb(site, branches) for attr, site in own.items()}
                 for position, branch in enumerate(group):
                     weight = made["weight"][position] if "weight" in made else weight_here

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
 from mezo_scale.noise import NORMAL, Noise
+from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import pairing
 from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
@@ -101,7 +102,7 @@ class View:
             raise ValueError("branches is empty: expected at least one (seed, scale)")
         if self._runner.branches:
             raise ViewError("a perturbed view of this model is open already: views do not nest")
-        self._runner.branches = [(int(seed), float(scale)) for seed, scale in branches]
+        self._runner.branches = Branches([(int(seed), float(scale)) for seed, scale in branches])
         self._runner.active = tuple(range(len(branches)))
         with ExitStack() as stack:
             stack.callback(self._close)
@@ -284,8 +285,8 @@ class View:
         if reading.made is None:
             self._note(reading)
             wide = is_wide(reading.site.module) and reading.reader is reading.site.module
-            branch = self._runner.branches[self._runner.active[0]]
-            reading.made = self.weights.perturb(reading.site, [branch], keep=True, wide=wide)[0]
+            branch = self._runner.neighbours(self._runner.active[:1])
+            reading.made = self.weights.perturb(reading.site, branch, keep=True, wide=wide)[0]
             self._made.append((reading.site, reading.made))
         return reading.made
 

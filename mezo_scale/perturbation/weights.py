@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mezo_scale import noise
 from mezo_scale.errors import ModelError
 from mezo_scale.noise import Noise
+from mezo_scale.noise.api import Perturbed
+from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import local
 from mezo_scale.perturbation.reading import written
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import is_half
-from mezo_scale.sharding import Layout, Runs, Site
+from mezo_scale.sharding import Layout, Site
 from mezo_scale.sharding.shard import is_normalisation
 
 Branch = tuple[int, float]
@@ -38,11 +39,9 @@ class Weights:
         self.dtype = dtype
         self.noise = noise
         self.scratch = scratch
-        self._runs: dict[Site, Runs | None] = {}
+        self._sites: dict[Site, Perturbed] = {}
 
-    def perturb(
-        self, site: Site, branches: Sequence[Branch], *, keep: bool = False, wide: bool = False
-    ) -> list[Tensor]:
+    def perturb(self, site: Site, branches: Branches, *, keep: bool = False, wide: bool = False) -> list[Tensor]:
         """The site's weight in each branch; branches with one seed share one generation of z.
 
         Args:
@@ -60,10 +59,12 @@ class Weights:
                     out = torch.empty(shape, dtype=dtype, device=held.device)
             else:
                 out = self.scratch.take(shape, dtype, held.device)
-            if site not in self._runs:
-                self._runs[site] = local.runs_held(weight)
-            runs, shape = self._runs[site], tuple(weight.shape)
-            noise.view(held, site.param_id, list(branches), out, runs=runs, noise=self.noise, shape=shape)
+            perturbed = self._sites.get(site)
+            if perturbed is None or not perturbed.fits(held):
+                runs, shape = local.runs_held(weight), tuple(weight.shape)
+                perturbed = Perturbed.of(held, site.param_id, runs=runs, noise=self.noise, shape=shape)
+                self._sites[site] = perturbed
+            perturbed.view(held, branches, out)
             return [local.like(part.data, weight) for part in out]  # data: with a count of its own of what writes it
 
     def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe.plain_yaml import read
+from mezo_scale.recipe.sections import NUMBER
 from mezo_scale.recipe.tree import RECIPE_FILE, Recipe, ignored, options
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -133,7 +134,7 @@ def _refusal(text: str) -> RecipeError:
 
 
 def _explain(error: ErrorDetails, known: Sequence[str], elsewhere: str) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"] if part != NUMBER)
     if error["type"] == "extra_forbidden":
         near = [name for name in known if len(error["loc"]) == 1 or "." in name]
         return f"unknown key {key}{_did_you_mean(key, near, elsewhere)}"

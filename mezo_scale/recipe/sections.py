@@ -7,7 +7,7 @@ from them.
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -24,6 +24,12 @@ def _printable(value: str) -> str:
 
 
 Real = Annotated[float, BeforeValidator(_number)]
+NUMBER = "a number"  # the name of a branch, which messages leave out
+PositiveOrAuto = Annotated[
+    Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number), Tag(NUMBER)]
+    | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if value == "auto" else NUMBER),
+]
 Name = Annotated[str, AfterValidator(_printable)]
 
 
@@ -116,11 +122,15 @@ class OptimizerSection(Section):
     """MeZO. AdamW takes lr, weight_decay, seed and schedule from here, in-context learning the seed of its draws."""
 
     lr: Real = Field(1e-6, gt=0, allow_inf_nan=False, description="Learning rate.")
-    eps: Real = Field(1e-3, gt=0, allow_inf_nan=False, description="How far the weights are perturbed either way.")
+    eps: PositiveOrAuto = Field(
+        1e-3,
+        description="How far the weights are perturbed either way. auto: before the first step, the power of two times "
+        "0.001 with the least rounding and curvature in the slope; the trajectory keeps it.",
+    )
     check_eps: bool = Field(
         False,
         description="Before the first step, measure roughly how much of the slope at this eps is rounding and how much "
-        "curvature, in the time of a few steps, and say so in a line. Changes no result.",
+        "curvature, in the time of six steps, and say so in a line. Changes no result.",
     )
     estimator: Literal["spsa", "one_sided", "grouped"] = Field(
         "spsa",

@@ -7,10 +7,13 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from mezo_scale.distributed.world import World
+from mezo_scale.optim.signal import Recent, Signal
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file, writing
 from mezo_scale.runs.trackers import Trackers
 from mezo_scale.trajectory import Trajectory
+
+WINDOW = 50  # steps that the means of a step's estimates are over
 
 
 class Metrics:
@@ -30,10 +33,11 @@ class Metrics:
         if world.rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-            lines = run.read_metrics()
+            lines = [line for line in run.read_metrics() if line["step"] <= first_step]
             run.keep_damaged_metrics()
-            whole = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step)
-            replace_file(run.metrics, whole)
+            replace_file(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+            known = [line for line in lines if isinstance(line.get("signal"), float)]
+            self._recent = Recent(WINDOW, [Signal(line["signal"], line["row_variance"]) for line in known])
             self._trackers = Trackers(recipe, log.header.run_id if log is not None else None)
             with writing(run.metrics):
                 self._file = run.metrics.open("a", encoding="utf-8")
@@ -65,6 +69,14 @@ class Metrics:
         if self._file is not None:
             with writing(self._path):
                 os.fsync(self._file.fileno())
+
+    def log_step(self, step: int, signal: Signal | None, **values: Any) -> None:
+        """Adds a step's line, with what it says of the gradient and the means of that over the last steps."""
+        if self._file is not None and signal is not None and signal.gradient is not None:
+            mean = self._recent.add(signal)
+            values |= {"signal": signal.gradient, "row_variance": signal.row_variance}
+            values |= {"signal_mean": mean.gradient, "row_variance_mean": mean.row_variance}
+        self.log(step, **values)
 
     def close(self) -> None:
         if self._file is not None:

@@ -88,6 +88,7 @@ def write_report(
     recipe: Recipe,
     layout: str,
     tuned: str,
+    eps: float,
     results: Mapping[str, Any],
     memory_gib: Mapping[str, float],
     commands: Mapping[str, str],
@@ -97,6 +98,7 @@ def write_report(
     Args:
         layout: `Strategy.layout`.
         tuned: what was tuned, as `Trainer` says it.
+        eps: of the run.
         memory_gib: by phase, of the session that ends with this report.
 
     Raises:
@@ -112,7 +114,7 @@ def write_report(
         f"# {recipe.task.name} with {recipe.model.name}",
         "",
         f"MeZO, {_steps(results['tuned'])} of {recipe.train.batch_size} examples, lr {recipe.optimizer.lr:g}, "
-        f"eps {recipe.optimizer.eps:g}, {estimator.name}, {estimator.num_directions} direction(s), "
+        f"eps {eps:g}, {estimator.name}, {estimator.num_directions} direction(s), "
         f"seed {recipe.optimizer.seed}; {median}{layout}. {tuned}.",
         "",
         *as_markdown(results_table(results)),

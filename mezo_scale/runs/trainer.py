@@ -4,7 +4,7 @@ import gc
 import json
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate, replay_if_begun
+from mezo_scale.runs.first_eps import eps_of
 from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
@@ -157,6 +158,7 @@ class Trainer:
                 self.recipe,
                 self.loaded.strategy.layout,
                 self.tuned,
+                self.eps,
                 self.run.add_evaluation(**results),
                 memory,
                 next_,
@@ -173,7 +175,7 @@ class Trainer:
         train, options = self.recipe.train, self.recipe.optimizer
         return (
             f"{self.tuned}; in {results['tuned']['step']:,} steps of {train.batch_size} examples by MeZO, which takes "
-            f"forward passes only (lr {options.lr:g}, eps {options.eps:g}, seed {options.seed})."
+            f"forward passes only (lr {options.lr:g}, eps {self.eps:g}, seed {options.seed})."
         )
 
     def _tune(self, optimizer: MeZO, results: dict[str, Any]) -> None:
@@ -192,11 +194,13 @@ class Trainer:
         if self.world.rank == 0:
             self.run.create()
         keep_adapter(self.loaded.model, self.loaded.processor, self.run)
+        batch = partial(self._batch, 0)
+        self.eps = eps_of(self.recipe, self.run, self.world, self.loaded, self.objective, batch, self.screen)
         with self.screen.counting("replaying", "steps") as progress:
             return MeZO(
                 self.loaded.model,
                 lr=options.lr,
-                eps=options.eps,
+                eps=self.eps,
                 weight_decay=options.weight_decay,
                 estimator=estimator_of(self.recipe),
                 seed=options.seed,
@@ -280,8 +284,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         record = optimizer.last_record
         assert record is not None, "a step was just taken"
-        grads = list(record.projected_grads)
-        metrics.log(step + 1, loss=loss, projected_grads=grads, lr=lr, seconds=seconds, skipped=record.skipped)
+        values = {"projected_grads": list(record.projected_grads), "lr": lr, "seconds": seconds}
+        metrics.log_step(step + 1, optimizer.last_signal, loss=loss, **values, skipped=record.skipped)
         skips.count(record)
         progress.advance(step + 1, loss, skips.total)
 

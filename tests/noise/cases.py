@@ -136,3 +136,63 @@ def draw_differs(kernels: str, stream: int, start: int, count: int) -> int:
     seeds, place = np.array([3, 2**63 + 5], dtype=np.uint64), torch.device("cpu")
     modules = (reference, importlib.import_module(f"mezo_scale.noise.{kernels}"))
     return differing(*(module.draw(seeds, 2**40, stream, start, count, place) for module in modules))
+
+
+def kernel_box_muller_differs() -> int:
+    """How many of the normals of all 65,536 radii and as many angles Triton's kernel and the reference disagree on."""
+    from tests.noise import box_muller_kernel
+
+    radii = torch.arange(1 << 16, dtype=torch.int64)
+    word = (radii << 16) | (radii * 40503 % (1 << 16))
+    even, odd = box_muller_kernel.normals(word)
+    expected = reference._box_muller(word)
+    return differing(expected[0], even) + differing(expected[1], odd)
+
+
+def parts_differ(dtype: torch.dtype, *, master: bool = False, directions: int = 1, stochastic: bool = False) -> int:
+    """Several shards written in one call, each with multipliers of its own, against the reference one by one."""
+    from mezo_scale.noise import cuda
+    from mezo_scale.noise.parts import Part
+
+    random = np.random.default_rng(directions)
+    shards = [runs_of([(0, 0, 3000)], 5), runs_of([(0, 0, 70)], 0), runs_of([(0, 0, 66_000)], 2048)]
+    shards.append(runs_of([(3, 700, 1024), (0, 5, 61), (1, 130, 1)], 16))
+    seeds = random.integers(0, 2**64, (1, directions), dtype=np.uint64)
+    alphas = random.normal(size=(2, 1, directions)).astype(np.float32)
+    decays = np.array([[1.0], [0.9]], dtype=np.float32)
+    parts, expected = [], []
+    for number, runs in enumerate(shards):
+        count = int((runs[:, 0] + runs[:, 2]).max()) + 2
+        low = torch.from_numpy(random.integers(-(2**15), 2**15, count).astype(np.int16)) if master else None
+        local, which = values(number, count, dtype), number % 2
+        other, other_low = local.clone(), None if low is None else low.clone()
+        reference.write_(other, runs, 9 + number, seeds, alphas[which], decays[which], other_low, stochastic, 0)
+        parts.append(Part(local, runs, 9 + number, low, which, which))
+        expected.append((other, other_low))
+    cuda.write_all_(parts, seeds, alphas, decays, stochastic, 0)
+    wrong = 0
+    for part, (other, other_low) in zip(parts, expected, strict=True):
+        wrong += differing(other, part.local)
+        wrong += 0 if other_low is None or part.remainder is None else differing(other_low, part.remainder)
+    return wrong
+
+
+def kept_tables_differ() -> int:
+    """Two steps, on the same shard and then on another one of the same shape: what is kept must follow."""
+    from mezo_scale.noise import cuda
+
+    wrong, runs = 0, runs_of([(0, 0, 1100), (3, 4, 50)], 100)
+    for seed in (1, 2):
+        for _ in range(2):
+            local = values(seed, 1200, torch.float32)
+            expected = local.clone()
+            step = np.array([[seed]], np.uint64), np.full((1, 1), seed, np.float32), np.ones(1, np.float32)
+            for module, where in ((reference, expected), (cuda, local)):
+                module.write_(where, runs, 3, *step, None, False, 0)
+            wrong += differing(expected, local)
+            out = [torch.empty(2, 1200) for _ in range(2)]
+            for module, where in zip((reference, cuda), out, strict=True):
+                where.zero_()
+                module.view(local, runs, 3, [(seed, 0.5), (seed, -0.25)], where, 0)
+            wrong += differing(*out)
+    return wrong

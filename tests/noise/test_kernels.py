@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,23 +198,52 @@ def test_other_devices_use_triton_where_it_serves_them_and_else_the_reference() 
     }
 
 
-def test_compiled_for_a_gpu_the_write_contracts_nothing() -> None:
+@pytest.mark.parametrize("directions", [3, 4, 5, 9])
+def test_directions_that_are_drawn_in_fours_have_the_references_bits(differ: Differ, directions: int) -> None:
+    assert differ(noise_cases.write_differs, torch.bfloat16, runs_of(SMALL, start=37), directions=directions) == 0
+
+
+def test_interpreted_normals_of_every_radius_and_angle_have_the_references_bits(
+    interpreter: ProcessPoolExecutor,
+) -> None:
+    assert interpreter.submit(noise_cases.kernel_box_muller_differs).result() == 0
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "master": True, "directions": 2},
+        {"dtype": torch.float32, "stochastic": True},
+        {"dtype": torch.float16, "stochastic": True},
+    ],
+)
+def test_shards_written_in_one_launch_have_the_references_bits(interpreter: ProcessPoolExecutor, work: Any) -> None:
+    assert interpreter.submit(noise_cases.parts_differ, **work).result() == 0
+
+
+def test_what_is_kept_on_the_device_follows_step_and_shard(interpreter: ProcessPoolExecutor) -> None:
+    assert interpreter.submit(noise_cases.kept_tables_differ).result() == 0
+
+
+def test_compiled_for_a_gpu_only_what_the_specification_allows_is_fused() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_for
 
-    from mezo_scale.noise import triton_kernels
-    from mezo_scale.noise.cuda import BFLOAT16, OPTIONS
+    from mezo_scale.noise.cuda import OPTIONS, WARPS
+    from tools.kernel_sass import kernels
 
-    constants = {"decayed": True, "kind": BFLOAT16, "stochastic": False, "stream": 0, "aligned": True}
-    pointers = {"local": "*bf16", "remainder": "*i16", "alphas": "*fp32", "decays": "*fp32"}
-    pointers |= {"runs": "*i64", "seeds": "*i64"}
-    names = triton_kernels.write.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    source = ASTSource(triton_kernels.write, signature, {(names.index(name),): v for name, v in constants.items()})
-    try:
-        ptx = compile_for(source, GPUTarget("cuda", 90, 32), dict(OPTIONS)).asm["ptx"]
-    except (RuntimeError, FileNotFoundError) as error:  # a Triton built without NVIDIA's tools
-        pytest.skip(f"Triton can't compile for CUDA here: {error}")
-    assert "sqrt.rn" in ptx
-    assert "fma" not in ptx
+    pairs = 1024 // 2 // (32 * WARPS)  # of normals in a thread, in code for whole tiles and in code for others
+    for fused, (_, kernel, signature, constants) in zip(
+        (2 * pairs * 6, 2 * pairs * 4), list(kernels())[1:3], strict=True
+    ):
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        try:
+            ptx = compile_for(source, GPUTarget("cuda", 90, 32), dict(OPTIONS)).asm["ptx"]
+        except (RuntimeError, FileNotFoundError) as error:  # a Triton built without NVIDIA's tools
+            pytest.skip(f"Triton can't compile for CUDA here: {error}")
+        fused = 6 if constants["ptx"] else 4  # two are inside the short root
+        assert ptx.count("fma.rn.f32") == ptx.count("fma") == 2 * pairs * fused
+        assert ("sqrt.rn" in ptx) is not constants["ptx"]
+        assert ptx.count(".approx") == ptx.count("rsqrt.approx.ftz.f32") == 2 * pairs * constants["ptx"]

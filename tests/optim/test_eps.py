@@ -48,11 +48,17 @@ def test_a_straight_loss_has_neither(estimator: Any) -> None:
 
 @pytest.mark.parametrize(("estimator", "rows", "factor"), [(Spsa(), 16, 1), (OneSided(4), 16, 2), (Grouped(1), 1, 1)])
 def test_rounding_is_its_share_of_the_slope(estimator: Any, rows: int, factor: int) -> None:
-    """On a grid of width d a loss is off by d / sqrt(12), and half the difference of two by that over sqrt(2)."""
-    step = 0.02
-    found = checked(of_slope(lambda y: (y / step).round() * step), estimator)
-    error = step / 12**0.5 / 2**0.5 / rows**0.5 * factor**0.5 / 1e-2
-    assert found.rounding * found.slope == pytest.approx(error, rel=0.4)
+    """A loss that is off by 0.01 / sqrt(2), anew everywhere; half the difference of two by that over sqrt(2)."""
+    found = checked(of_slope(lambda y: y + 0.01 * (1e6 * (y + y**2)).sin()), estimator)
+    error = 0.01 / 2 / rows**0.5 * factor**0.5 / 1e-2
+    assert found.rounding * found.slope == pytest.approx(error, rel=0.2)
+
+
+def test_bending_of_a_higher_order_is_not_taken_for_rounding() -> None:
+    """y of order 0.2, so that y^5 is a fifth of the slope, and nothing is rounded."""
+    found = checked(of_slope(lambda y: y + 100 * y**5))
+    assert found.rounding < 0.02
+    assert found.curvature > 0.1
 
 
 def test_a_two_sided_slope_is_bent_by_what_is_cubic_only() -> None:
@@ -102,7 +108,7 @@ def test_a_loss_without_a_slope_is_said_to_have_none() -> None:
     assert str(checked(of_slope(lambda y: y / 0))) == "eps 0.01: warning: the losses of the first rows are not finite"
 
 
-def test_it_takes_a_quarter_of_the_rows_twelve_times_and_changes_no_step() -> None:
+def test_it_takes_a_quarter_of_the_rows_24_times_and_changes_no_step() -> None:
     seen: list[int] = []
 
     def counted(model: nn.Module, batch: Any) -> Tensor:
@@ -112,7 +118,7 @@ def test_it_takes_a_quarter_of_the_rows_twelve_times_and_changes_no_step() -> No
     opt = ms.MeZO(Vector(), paired=True)
     eps.check(opt, {"x": X}, counted)
     eps.check(opt, {"x": X}, counted, micro_batch=3)
-    assert seen == 12 * [8] + 12 * [6]
+    assert seen == 24 * [8] + 24 * [6]
     other = ms.MeZO(Vector(), paired=True)
     assert opt.step(batch={"x": X}, objective=counted) == other.step(batch={"x": X}, objective=counted)
     assert opt.last_record == other.last_record
@@ -134,3 +140,25 @@ def test_ranks_find_the_same(ranks: Ranks, layout: str) -> None:
     one, other = ranks(2, on_ranks, layout=layout)
     assert one == other
     assert one[0].slope > 0
+
+
+def rough(size: float, bend: float) -> Objective:
+    return of_slope(lambda y: y + size * (1e6 * y).sin() + bend * y**3)
+
+
+@pytest.mark.parametrize(
+    ("size", "bend", "expected"),
+    [(0.0, 0.0, (1e-3, 1e-3)), (0.1, 1.0, (4e-3, 1.6e-2)), (1e-6, 3e4, (6e-5, 2.5e-4))],
+    ids=["neither", "rounding", "curvature"],
+)
+def test_the_chosen_eps_has_the_least_of_both(size: float, bend: float, expected: tuple[float, float]) -> None:
+    opt = ms.MeZO(Vector())
+    found = eps.choose(opt, {"x": X}, rough(size, bend))
+    assert expected[0] <= found[-1].eps <= expected[1]
+    assert found[-1].total == min(shares.total for shares in found)
+    assert opt.step_count == 0
+    assert opt.eps == 1e-3
+
+
+def test_where_nothing_has_a_slope_none_is_found() -> None:
+    assert eps.choose(ms.MeZO(Vector()), {"x": X}, of_slope(lambda y: 0 * y))[-1].total == float("inf")

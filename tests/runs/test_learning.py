@@ -125,3 +125,34 @@ def test_a_rank_that_no_matrix_has_is_refused_with_both_numbers_before_anything_
     with pytest.raises(MezoError, match=r"rank is 4096, but a matrix of \d+ x \d+ has rank \d+ at most"):
         train(recipe)
     assert not (recipe.directory / "trajectory.mezo").exists()
+
+
+def test_eps_auto_is_chosen_once_and_kept_by_the_log(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_recipe("eps=auto", "steps=4", "eval_every=0", f"output.dir={whole}"))
+    shown = capsys.readouterr().out
+    eps = Trajectory.open(whole / "trajectory.mezo").header.eps
+    assert f"optimizer.eps: auto is {eps:g} in this run" in shown
+    assert f"eps {eps:g}: rounding " in shown
+    assert f"eps {eps:g}, " in (whole / "report.md").read_text()
+    train(make_recipe("eps=auto", "steps=2", "eval_every=0", f"output.dir={parts}"))
+    capsys.readouterr()
+    train(load(parts, ["steps=4"]))
+    assert "rounding" not in capsys.readouterr().out
+    assert Trajectory.open(parts / "trajectory.mezo").records == Trajectory.open(whole / "trajectory.mezo").records
+    assert verify(parts)
+    same = make_recipe(f"eps={eps}", "steps=4", "eval_every=0", f"output.dir={tmp_path / 'said'}")
+    train(same)
+    assert (
+        Trajectory.open(tmp_path / "said" / "trajectory.mezo").records
+        == Trajectory.open(whole / "trajectory.mezo").records
+    )
+
+
+def test_eps_auto_needs_a_slope(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(MezoError, match="optimizer.eps is auto, but a score"):
+        train(make_recipe("eps=auto", "objective=accuracy"))
+    with pytest.raises(RecipeError, match="optimizer.eps"):
+        make_recipe("eps=automatic")
