@@ -177,8 +177,8 @@ class _Filler(string.Formatter):
         problem = unlike_text(value)
         if problem:
             raise RecipeError(
-                f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text: fill it in, or leave "
-                "the row out"
+                f"task.data: {self.row.place} has {problem} in {shown([field_name])}, expected text: fill it in, or "
+                "leave the row out"
             )
         return value, key
 
