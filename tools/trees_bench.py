@@ -16,6 +16,7 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.models import Loaded, checkpoints
 from mezo_scale.recipe import TaskSection
 from mezo_scale.runs.evaluate import evaluate
+from mezo_scale.runs.sharing import share_prompts
 
 ROUNDS = 5
 
@@ -30,6 +31,7 @@ def main(name: str, task: str, data: str, max_length: str, eval_batch: str, most
     found = tasks.examples(section)
     rows = [ways["plain"].encode(example) for example in found.get("test", next(iter(found.values())))][: int(most)]
     evaluate(loaded, ways["shared"], rows, int(eval_batch))  # compares, once
+    share_prompts(loaded, ways["shared"], rows)
     with torch.no_grad():
         each = [[way.log_probs(loaded.model, way.collate([row])) for way in ways.values()] for row in rows]
     difference = max(float((plain - shared).abs().max()) for plain, shared in each)
