@@ -7,7 +7,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-TOLERANCE = 1e-5
+from mezo_scale.runs.report import as_markdown
+from tools.view_against_copy import TOLERANCE
+
 LAYOUTS = ("plain", "fsdp2", "zero3")
 PARTS = {"causal": "Causal language models", "masked": "Masked language models", "adapter": "PEFT methods"}
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
@@ -64,10 +66,7 @@ def verdict(row: Row | None) -> str:
 
 
 def _counts(rows: dict[tuple[str, str], Row]) -> str:
-    lines = [
-        "| | layout | equal | of these paired | refused | no model | wrong or failed |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = [["", "layout", "equal", "of these paired", "refused", "no model", "wrong or failed"]]
     for part, title in PARTS.items():
         for layout in LAYOUTS:
             mine = [row for (made, cell), row in rows.items() if made == layout and cell.startswith(f"{part}/")]
@@ -75,22 +74,16 @@ def _counts(rows: dict[tuple[str, str], Row]) -> str:
             paired = sum(verdict(row) == "equal" and row["paired"] is not None for row in mine)
             counts = [words.count("equal"), paired, words.count("refused"), words.count("no model")]
             counts.append(words.count("wrong") + words.count("failed"))
-            lines.append(f"| {title} | {layout} | " + " | ".join(map(str, counts)) + " |")
-    return "\n".join([*lines, ""])
+            lines.append([title, layout, *map(str, counts)])
+    return "\n".join([*as_markdown(lines), ""])
 
 
 def _table(title: str, cells: list[str], rows: dict[tuple[str, str], Row]) -> str:
-    lines = [
-        f"## {title}",
-        "",
-        f"| | {' | '.join(LAYOUTS)} | branches | why not, or what nothing reads |",
-        "|---|" + "---|" * 5,
-    ]
+    lines = [["", *LAYOUTS, "branches", "why not, or what nothing reads"]]
     for cell in cells:
         found = [rows.get((layout, cell)) for layout in LAYOUTS]
-        columns = [cell.partition("/")[2], *map(verdict, found), _branches(found), _notes(found)]
-        lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join([*lines, ""])
+        lines.append([cell.partition("/")[2], *map(verdict, found), _branches(found), _notes(found)])
+    return "\n".join([f"## {title}", "", *as_markdown(lines), ""])
 
 
 def _branches(found: list[Row | None]) -> str:

@@ -17,7 +17,7 @@ from peft import TaskType, get_peft_config, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from tools.tiny_models import VOCABULARY, Batch, Builder, batch_of_rows, jitter_
+from tools.tiny_models import Batch, Builder, batch_of_rows, jitter_, shrunk
 
 PROJECTIONS = ["q_proj", "v_proj"]
 _PROMPT: dict[str, Any] = {"num_virtual_tokens": 3}
@@ -111,21 +111,8 @@ def _xlora(model: nn.Module) -> nn.Module:
 
 
 def _llama() -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False))
+    return LlamaForCausalLM(shrunk(LlamaConfig, {}))
 
 
 def _mixtral() -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, sliding_window=None))
-
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    "use_cache": False,
-}
+    return MixtralForCausalLM(shrunk(MixtralConfig, {}))

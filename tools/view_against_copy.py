@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mezo_scale import noise
 from mezo_scale.errors import MezoError, ViewError
 from mezo_scale.perturbation import Branch, View
+from tests.support import layouts
+from tests.support.moved import moved
 from tools.tiny_models import Batch, Builder, row_losses
 
 BRANCHES = [(11, 0.1), (11, -0.1), (5, 0.2)]
@@ -21,7 +21,6 @@ BRANCHES = [(11, 0.1), (11, -0.1), (5, 0.2)]
 TOLERANCE = 1e-5
 LEAST_EFFECT = 100 * TOLERANCE
 """Relative change of a loss: with less, a view that did nothing would pass."""
-LAYOUTS = ("plain", "fsdp2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -105,21 +104,12 @@ def moved_losses(model: nn.Module, batch: Batch) -> Tensor:
             raise UnusableError("its losses are not finite")
         if not torch.equal(plain, row_losses(model, batch)):
             raise UnusableError("its losses change from call to call")
-        right = torch.stack([row_losses(_moved(model, seed, scale), batch) for seed, scale in BRANCHES])
+        right = torch.stack([row_losses(moved(model, seed, scale), batch) for seed, scale in BRANCHES])
     if not torch.isfinite(right).all():
         raise UnusableError("its losses are not finite when perturbed")
     if (effect := _error(right, plain)) < LEAST_EFFECT:
         raise UnusableError(f"what is trainable changes its losses by {effect:.0e} only")
     return right
-
-
-def _moved(model: nn.Module, seed: int, scale: float) -> nn.Module:
-    moved = copy.deepcopy(model)
-    for name, parameter in moved.named_parameters():
-        if parameter.requires_grad:
-            z = noise.normal(seed, noise.param_id(name), 0, parameter.numel())
-            parameter.add_(z.view_as(parameter), alpha=scale)
-    return moved
 
 
 def compare(model: nn.Module, batch: Batch, right: Tensor) -> Comparison:
@@ -150,10 +140,11 @@ def _error(losses: Tensor, right: Tensor) -> float:
 
 def shard(layout: str, model: nn.Module) -> tuple[nn.Module, Callable[[], object]]:
     """The model sharded as the package does it, in place, and how to let go of it."""
+    if layout == "zero3":
+        sharded = layouts.zero3(model)
+        return sharded.model.module, sharded.close
     if layout == "fsdp2":
         _fsdp2(model)
-    elif layout == "zero3":
-        return _zero3(model)
     return model, lambda: None
 
 
@@ -173,15 +164,3 @@ def _fsdp2(model: nn.Module) -> None:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return None
-
-
-def _zero3(model: nn.Module) -> tuple[nn.Module, Callable[[], object]]:
-    import deepspeed
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=None, config=config)
-    engine.eval()
-    return engine.module, engine.destroy

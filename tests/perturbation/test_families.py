@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import pytest
 
 from tests.support.pool import Ranks
-from tools import tiny_adapters, tiny_models
-from tools.view_against_copy import TOLERANCE, cell
+from tools import tiny_models
+from tools.model_sweep import on_rank
+from tools.view_against_copy import TOLERANCE
 
 PAIRED = [
     "causal/bart",  # a head of its own on a decoder
@@ -52,16 +50,9 @@ ADAPTERS_ALONE = {"PROMPT_TUNING": "Sizes of tensors must match"}
 ON_RANKS = ["causal/mamba2", "causal/gpt_neox_japanese", "masked/deberta-v2", "adapter/IA3", "adapter/VERA"]
 
 
-def row(layout: str, name: str) -> dict[str, Any]:
-    builders = tiny_models.families() | {f"adapter/{key}": build for key, build in tiny_adapters.adapters().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cell(layout, builders[name])
-
-
 @pytest.mark.parametrize("name", [*PAIRED, *(f"adapter/{name}" for name in ADAPTERS)])
 def test_every_branch_and_all_of_them_together_equal_a_moved_copy(name: str) -> None:
-    found = row("plain", name)
+    found = on_rank("plain", name)
     assert found["one"] < TOLERANCE
     assert found["paired"] is not None, found["why_not"]
     assert found["paired"] < TOLERANCE
@@ -73,14 +64,14 @@ def test_every_branch_and_all_of_them_together_equal_a_moved_copy(name: str) -> 
 def test_where_branches_can_not_share_a_batch_each_equals_a_moved_copy_and_the_reason_is_said(
     name: str, why: str
 ) -> None:
-    found = row("plain", name)
+    found = on_rank("plain", name)
     assert found["one"] < TOLERANCE
     assert found["paired"] is None
     assert why in found["why_not"]
 
 
 def test_an_adapter_that_writes_its_own_weights_is_refused() -> None:
-    found = row("plain", "adapter/CPT")
+    found = on_rank("plain", "adapter/CPT")
     assert found["one"] is None
     assert found["paired"] is None
     assert "delta_embedding.weight is written by the model's own forward" in found["why_not"]
@@ -91,7 +82,7 @@ def test_an_adapter_that_writes_its_own_weights_is_refused() -> None:
 def test_a_sharded_model_under_the_view_equals_a_moved_copy_of_the_whole_one(
     ranks: Ranks, layout: str, name: str
 ) -> None:
-    for found in ranks(2, row, layout=layout, name=name):
+    for found in ranks(2, on_rank, layout=layout, name=name):
         assert found["one"] < TOLERANCE
         assert found["paired"] is not None, found["why_not"]
         assert found["paired"] < TOLERANCE

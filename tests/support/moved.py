@@ -17,7 +17,9 @@ def moved(model: nn.Module, seed: int, scale: float) -> nn.Module:
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for name, param in copied.named_parameters():
-            param.add_(ms.noise.normal(seed, ms.noise.param_id(name), 0, param.numel()).view_as(param), alpha=scale)
+            if param.requires_grad:
+                z = ms.noise.normal(seed, ms.noise.param_id(name), 0, param.numel())
+                param.add_(z.view_as(param), alpha=scale)
     return copied
 
 

@@ -56,11 +56,11 @@ WORKER_ENVIRONMENT = {
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or hung. `rank` is the first that did."""
+    """A rank raised, died or hung. `rank` is the first that did, and `why` what it said, in a line."""
 
-    def __init__(self, rank: int, message: str) -> None:
+    def __init__(self, rank: int, why: str, message: str) -> None:
         super().__init__(message)
-        self.rank = rank
+        self.rank, self.why = rank, why
 
 
 class Nursery:
@@ -166,7 +166,8 @@ class World:
         for worker, offset in zip(self.workers, offsets, strict=True):
             if printed := worker.printed(offset):
                 report.append(f"--- rank {worker.rank} printed:\n{printed}")
-        raise RankFailed(next(iter(failures)), "\n".join(report))
+        first = next(iter(failures))
+        raise RankFailed(first, failures[first].strip().splitlines()[-1], "\n".join(report))
 
     def kill(self) -> list[str]:
         return [worker.kill() for worker in self.workers]

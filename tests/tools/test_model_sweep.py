@@ -3,61 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.support.pool import RankFailed, Ranks
 from tools import model_report, model_sweep, tiny_models
 from tools.view_against_copy import TOLERANCE, UnusableError, compare, moved_losses
 
 RIGHT = {"one": 0.0, "paired": 0.0, "why_not": "", "unread": 0, "for_example": []}
 
 
-class Workers:
-    """In the place of processes: they make rows in order until a cell that kills them."""
+class Workers(Ranks):
+    """In the place of processes: cells of one name kill them, those of another only where others ran before."""
 
-    def __init__(self, deadly: set[str]) -> None:
-        self.deadly = deadly
-        self.chunks: list[list[str]] = []
+    def __init__(self) -> None:
+        self.asked: list[str] = []
 
-    def run(self, layout: str, chunk: list[str], path: Path) -> str:
-        self.chunks.append(chunk)
-        for name in chunk:
-            if name in self.deadly:
-                return "the process ended with code -11"
-            model_sweep.append(path, layout, name, RIGHT)
-        return "the process ended with code 0"
+    def __call__(self, world_size: int, function: Any, **asked: Any) -> list[Any]:
+        name, fresh = asked["name"], asked["fresh"]
+        self.asked.append(f"{name} alone" if fresh else name)
+        if name == "deadly" or (name == "spoiled" and not fresh):
+            raise RankFailed(0, "the process died", "a long report")
+        return [RIGHT] * world_size
 
 
-def test_a_cell_that_kills_its_worker_is_tried_once_more_alone_and_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workers = Workers({"b", "d"})
-    monkeypatch.setattr(model_sweep, "_run", workers.run)
-    model_sweep.sweep("plain", list("abcde"), tmp_path / "rows.jsonl")
+def test_a_cell_that_kills_its_worker_is_tried_once_more_alone_and_costs_no_other(tmp_path: Path) -> None:
+    workers = Workers()
+    model_sweep.sweep(workers, "fsdp2", ["a", "deadly", "b", "spoiled", "c"], tmp_path / "rows.jsonl")
     rows = model_sweep.latest(tmp_path / "rows.jsonl")
-    assert workers.chunks == [list("abcde"), ["b"], list("cde"), ["d"], ["e"]]
-    assert {cell: model_report.verdict(row) for (_, cell), row in rows.items()} == {
-        "a": "equal",
-        "b": "failed",
-        "c": "equal",
-        "d": "failed",
-        "e": "equal",
-    }
-    assert rows["plain", "b"]["failed"] == "the process ended with code -11"
+    assert workers.asked == ["a", "deadly", "deadly alone", "b", "spoiled", "spoiled alone", "c"]
+    verdicts = {cell: model_report.verdict(row) for (_, cell), row in rows.items()}
+    assert verdicts == {"a": "equal", "deadly": "failed", "b": "equal", "spoiled": "equal", "c": "equal"}
+    assert rows["fsdp2", "deadly"]["failed"] == "the process died"
 
 
-def test_a_sweep_that_was_stopped_makes_only_the_rows_that_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, workers = tmp_path / "rows.jsonl", Workers(set())
-    monkeypatch.setattr(model_sweep, "_run", workers.run)
+def test_a_sweep_that_was_stopped_makes_only_the_rows_that_are_missing(tmp_path: Path) -> None:
+    path, workers = tmp_path / "rows.jsonl", Workers()
     model_sweep.append(path, "plain", "a", RIGHT)
     model_sweep.append(path, "zero3", "b", RIGHT)
     with path.open("a") as file:
         file.write('{"layout": "plain", "cell": "c", "on')  # killed while writing
-    model_sweep.sweep("plain", list("abc"), path)
-    assert workers.chunks == [["b", "c"]]
+    model_sweep.sweep(workers, "plain", list("abc"), path)
+    assert workers.asked == ["b", "c"]
     assert set(model_sweep.latest(path)) == {("plain", "a"), ("zero3", "b"), ("plain", "b"), ("plain", "c")}
 
 
