@@ -22,7 +22,8 @@ class Traffic:
         inside_node, between_nodes: what of it comes from other ranks, over which links (a ring: of the ranks of a
             node, one receives from another node). Averages over the ranks of a node.
         host: from host memory, or from disk through it, to the device, where the shards are offloaded.
-        scalars: the one all-reduce: the sum of losses of each branch, the row count and two digests of the last record.
+        scalars: the one all-reduce: the sum of losses of each branch, the row count, three sums of squared slopes
+            and two digests of the last record.
     """
 
     gathered: int
@@ -42,7 +43,7 @@ def traffic(arch: Architecture, strategy: Strategy, workload: Workload, gpus_per
         host = shards_numel(arch, strategy) * BYTES[workload.stored(strategy)]
     # A loss per branch, the rows, two digests of the last record, news of reads, failures; and before a forward that
     # gathers, whether any rank has to learn a new kind of call.
-    scalars = _FLOAT64 * (workload.branches + 5 + int(strategy.is_sharded)) if strategy.world_size > 1 else 0
+    scalars = _FLOAT64 * (workload.branches + 8 + int(strategy.is_sharded)) if strategy.world_size > 1 else 0
     return Traffic(gathered, received - between, between, host, scalars)
 
 
