@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -178,7 +180,8 @@ def _spread(model: str, arch: Architecture, tokens: int) -> list[str]:
     """How the model lies on this machine's devices, as fields of the recipe."""
     devices = torch.cuda.device_count()
     if not devices:
-        return ["model.dtype=float32", "sharding.strategy=single"]
+        computing = ["model.compute_dtype=bfloat16"] if _bfloat16_pays() else []
+        return ["model.dtype=float32", *computing, "sharding.strategy=single"]
     memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(devices)) / GIB
     cluster = Cluster(devices, devices, memory)
     rows = -(-_BATCH // devices)
@@ -195,6 +198,16 @@ def _spread(model: str, arch: Architecture, tokens: int) -> list[str]:
         f"{model} does not fit {devices} devices of {memory:.0f} GiB: `mezo-scale plan --model {model} --gpus 8 "
         f"--gpu-memory {memory:.0f}` says what it takes"
     )
+
+
+def _bfloat16_pays() -> bool:
+    """Whether this processor multiplies in bfloat16 well above the speed of float32: some have units for it."""
+    operands = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = dict.fromkeys(operands, float("inf"))
+    for _ in range(10):  # in turns, and the least of each: others may be using the machine
+        for dtype, matrix in operands.items():
+            seconds[dtype] = min(seconds[dtype], timeit(partial(torch.mm, matrix, matrix), number=1))
+    return seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
 
 
 def _yaml(

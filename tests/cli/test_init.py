@@ -93,6 +93,18 @@ def test_what_is_to_be_learned_is_read_off_the_columns(
     assert {name: task[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(("pays", "expected"), [(True, ("bfloat16", 4e-3)), (False, (None, 1e-3))])
+def test_layers_compute_in_bfloat16_where_the_processor_is_fast_in_it(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pays: bool, expected: tuple[Any, Any]
+) -> None:
+    monkeypatch.setattr("mezo_scale.runs.first_recipe._bfloat16_pays", lambda: pays)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    data = write(tmp_path / "mail.jsonl", [{"text": text(n), "label": n % 2} for n in range(40)])
+    recipe = written(run, model_folder, data)
+    assert (recipe["model"].get("compute_dtype"), recipe["optimizer"]["eps"]) == expected
+    assert recipe["model"]["dtype"] == "float32"
+
+
 def test_a_target_that_is_named_is_taken(run: Run, model_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"text": text(n), "label": n % 2, "reply": text(n + 1)} for n in range(40)])
     task = written(run, model_folder, data, "--target", "reply")["task"]
