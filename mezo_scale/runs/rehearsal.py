@@ -47,7 +47,7 @@ def rehearse(
     if kind.reads_images:
         what, planned = f"{rows} images", ""
     else:
-        tokens = collectives.max_integer(max(leaf.shape[-1] for leaf in batch.values() if leaf.dim() > 1))
+        tokens = collectives.max_integer(max(leaf.shape[-1] for leaf in batch.values() if getattr(leaf, "ndim", 0) > 1))
         what, planned = f"{rows} x {tokens} tokens", _planned(recipe, loaded, kind, rows, tokens)
     screen.say(
         f"memory per rank: {planned}measured {loading:.2f} GiB with the model loaded, {alone:.2f} GiB in one forward "

@@ -228,3 +228,13 @@ def test_a_run_from_before_there_were_kinds_goes_on_and_is_reported(make_recipe:
     train(make_recipe("steps=6"))
     assert results(recipe)["tuned"]["step"] == 6
     assert "main" not in results(recipe)["zero_shot"]
+
+
+def test_a_dry_run_of_graded_answers_says_what_a_step_takes(
+    squad: Callable[..., Recipe], run: Run, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "graded.yaml"
+    recipe.write_text(dump(squad("train.objective=f1")))
+    code, out, err = run("train", recipe, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "a step of 2 takes" in out
