@@ -1,7 +1,7 @@
 """Cloze questions for masked language models: a text with a mask in it, and the words that may stand there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class EncodedCloze(Encoded):
     """A cloze in tokens: `prompt` stands before the mask and `after` behind it, with the tokens that the tokenizer puts
     around a text; each candidate is one token."""
 
-    after: tuple[int, ...] = ()
+    after: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()} + {self.after!r}"
@@ -91,7 +91,7 @@ class ClozeChoice(Candidates):
         candidates = tuple((tokens[at],) for tokens in opened)
         if len(set(candidates)) < len(candidates):
             raise RecipeError(f"task.candidates {words}: two of them are the same token to this model: change one")
-        return EncodedCloze(wholes[0][:at], candidates, example.label, example.also, example, behind)
+        return EncodedCloze(wholes[0][:at], candidates, example.label, example.also, example, after=behind)
 
     def posed(self, example: Cloze) -> str:
         """The prompt as the model gets it, but for what is cut off."""
