@@ -16,7 +16,7 @@ from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch
 from mezo_scale.tasks.example import Picture
 from mezo_scale.tasks.kinds.candidates import Choice
-from mezo_scale.tasks.kinds.kind import Kind, Objective
+from mezo_scale.tasks.kinds.kind import Kind, Objective, refuse_temperature
 from mezo_scale.tasks.score import AnyMetric, ByClass, Metric, Score
 from mezo_scale.tasks.tables import shown
 
@@ -45,11 +45,7 @@ class Images(Kind[Image, Choice]):
 
     def __init__(self, reader: Any, section: TaskSection) -> None:
         """`reader`: `mezo_scale.models.vision.ImageReader`. Raises RecipeError for fields that do not fit the model."""
-        if section.temperature:
-            raise RecipeError(
-                f"task.temperature is {section.temperature:g}, but task.name is {section.name}, which writes nothing: "
-                "leave it out"
-            )
+        refuse_temperature(section)
         self._reader, self._main = reader, section.metric or "accuracy"
         self._labels: tuple[str, ...] = reader.labels
         names = self._labels if section.labels is None else tuple(map(str, section.labels))

@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mezo_scale.errors import RecipeError
+from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch
 from mezo_scale.tasks.kinds.trees import Sharing
 from mezo_scale.tasks.reward import Asked, Reward
@@ -142,3 +144,12 @@ class Kind(Protocol[Row, Prediction]):
     def baselines(self, train: Sequence[Row], test: Sequence[Row]) -> dict[str, Score]:
         """What answers that need no model are worth on the test split, by name."""
         return {}
+
+
+def refuse_temperature(section: TaskSection) -> None:
+    """For kinds that write nothing. Raises RecipeError."""
+    if section.temperature:
+        raise RecipeError(
+            f"task.temperature is {section.temperature:g}, but task.name is {section.name}, which writes nothing: "
+            "leave it out"
+        )

@@ -13,7 +13,7 @@ from mezo_scale.recipe import TaskSection
 from mezo_scale.tasks.encoding import Batch, open_tokens, pad_right
 from mezo_scale.tasks.example import Passage
 from mezo_scale.tasks.kinds.decoding import reads_ahead
-from mezo_scale.tasks.kinds.kind import Kind, Objective
+from mezo_scale.tasks.kinds.kind import Kind, Objective, refuse_temperature
 from mezo_scale.tasks.logits import forward
 from mezo_scale.tasks.perplexity import Perplexity
 from mezo_scale.tasks.score import Score
@@ -46,11 +46,7 @@ class Modeling(Kind[Block, Loss]):
 
     def __init__(self, tokenizer: Any, section: TaskSection) -> None:
         """Raises RecipeError for fields that this kind does not take."""
-        if section.temperature:
-            raise RecipeError(
-                f"task.temperature is {section.temperature:g}, but task.name is {section.name}, which writes nothing: "
-                "leave it out"
-            )
+        refuse_temperature(section)
         self._tokenizer, self._max_length = tokenizer, section.max_length
         self.objectives: dict[str, Objective] = {
             "language_modeling": lambda model, batch: -self.log_probs(model, batch)
