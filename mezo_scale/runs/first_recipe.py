@@ -1,6 +1,7 @@
 """A recipe to begin with, for a model and a table: what can be read off both, with comments for the rest."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +26,30 @@ _ANSWERS = ("answer", "answers", "response", "output", "completion", "summary", 
 _IDS = ("id", "idx", "index", "uid", "guid", "source", "split")
 _MOST_CLASSES, _LONGEST_CLASS = 20, 40
 _LEAST_EXAMPLES = 20
+_LEAST_OF_A_LABEL = 20  # examples, to be dealt out as often as those of any other
+_UNEVEN = 1.3  # a label's share of the examples, times the number of labels, that makes accuracy say little
 _LOOKED_AT = 500  # examples whose length in tokens is asked for
 _BATCH = 16
+_SORT_WINDOW = 8
 
 
 @dataclass(frozen=True)
 class _Guess:
-    """What is to be learned: the fields of the task section, in order, and a remark for some of them."""
+    """What is to be learned: the fields of the task section, in order, and a remark for some of them.
+
+    Attributes:
+        labels: how many labels each step is to have in equal number; None: its rows come as they are.
+    """
 
     fields: Mapping[str, Any]
     remarks: Mapping[str, str]
     about: str
+    labels: int | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step: about as many as usual, of each label as many."""
+        return _BATCH if self.labels is None else self.labels * max(1, _BATCH // self.labels)
 
 
 def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str, str]:
@@ -62,8 +76,8 @@ def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str,
     tasks.posed_to(TaskSection(**task), masked)
     sizes = _sizes(TaskSection(**task, max_length=2**30))
     length = _length(TaskSection(**task, max_length=2**30), model, config)
-    spread = _spread(model, arch, length)
-    text = _yaml(model, {**task, **sizes, "max_length": length}, guess.remarks, arch, spread)
+    spread = _spread(model, arch, length, guess.batch_size)
+    text = _yaml(model, {**task, **sizes, "max_length": length}, guess, arch, spread)
     checked = recipes.parse(yaml.safe_load(text))
     tasks.load(checked.task)
     counts = f"{sizes['train']:,} examples to train on, {sizes['dev']:,} for dev, {sizes['test']:,} to be graded by"
@@ -101,7 +115,14 @@ def _guess(rows: Sequence[Row], target: str | None, gap: str) -> _Guess:
     says = "say here in words what each of labels means" if numbered else "one for each of labels; words that fit in"
     where = "stands at the mask" if gap else "follows"
     remarks = {"template": f"the prompt; one of the candidates {where}", "candidates": says}
-    return _Guess(task, remarks, f"{name} is learned, one of {len(classes)}, after {', '.join(given)}")
+    counts = Counter(values)
+    share = counts.most_common(1)[0][1] / len(values)
+    if share * len(classes) > _UNEVEN:
+        task["metric"] = "balanced_accuracy"
+        remarks["metric"] = f"the mean over the labels: one of them has {share:.0%} of the rows"
+    balanced = min(counts.values()) >= _LEAST_OF_A_LABEL
+    about = f"{name} is learned, one of {len(classes)}, after {', '.join(given)}"
+    return _Guess(task, remarks, about, len(classes) if balanced else None)
 
 
 def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -176,7 +197,7 @@ def _length(section: TaskSection, model: str, config: Any) -> int:
     return max(16, wanted if most is None else min(wanted, int(most)))
 
 
-def _spread(model: str, arch: Architecture, tokens: int) -> list[str]:
+def _spread(model: str, arch: Architecture, tokens: int, batch_size: int) -> list[str]:
     """How the model lies on this machine's devices, as fields of the recipe."""
     devices = torch.cuda.device_count()
     if not devices:
@@ -184,7 +205,7 @@ def _spread(model: str, arch: Architecture, tokens: int) -> list[str]:
         return ["model.dtype=float32", *computing, "sharding.strategy=single"]
     memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(devices)) / GIB
     cluster = Cluster(devices, devices, memory)
-    rows = -(-_BATCH // devices)
+    rows = -(-batch_size // devices)
     while rows:
         work = Workload(rows, tokens, 2, "bfloat16")
         entry = recommended(plan(arch, cluster, work))
@@ -192,7 +213,7 @@ def _spread(model: str, arch: Architecture, tokens: int) -> list[str]:
             found = [
                 one for one in overrides(model, entry.strategy, work) if not one.startswith(("model.name", "train"))
             ]
-            return [*found, *([f"train.micro_batch={rows}"] if rows * devices < _BATCH else [])]
+            return [*found, *([f"train.micro_batch={rows}"] if rows * devices < batch_size else [])]
         rows //= 2
     raise ModelError(
         f"{model} does not fit {devices} devices of {memory:.0f} GiB: `mezo-scale plan --model {model} --gpus 8 "
@@ -210,9 +231,7 @@ def _bfloat16_pays() -> bool:
     return seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
 
 
-def _yaml(
-    model: str, task: Mapping[str, Any], remarks: Mapping[str, str], arch: Architecture, spread: Sequence[str]
-) -> str:
+def _yaml(model: str, task: Mapping[str, Any], guess: _Guess, arch: Architecture, spread: Sequence[str]) -> str:
     said: dict[str, dict[str, str]] = {}
     for one in spread:
         key, _, value = one.partition("=")
@@ -231,7 +250,7 @@ def _yaml(
         "task:",
     ]
     for name in ("name", "data", *(name for name in task if name not in ("name", "data"))):
-        remark = f"  # {remarks[name]}" if name in remarks else ""
+        remark = f"  # {guess.remarks[name]}" if name in guess.remarks else ""
         lines.append(f"  {name}: {_scalar(task[name])}{remark}")
     lines += [
         "optimizer:",
@@ -239,8 +258,10 @@ def _yaml(
         f"  eps: {eps}",
         "train:",
         "  steps: 1000  # MeZO learns slowly: thousands are usual, and a finished run goes on when asked for more",
-        f"  batch_size: {_BATCH}",
+        f"  batch_size: {guess.batch_size}",
         "  eval_every: 100",
+        *(["  balance: labels  # each step has every label as often"] if guess.labels else []),
+        f"  sort_window: {_SORT_WINDOW}  # rows of like length share a step: less padding",
         *(f"  {name}: {value}" for name, value in said.pop("train", {}).items()),
     ]
     for section, fields in said.items():

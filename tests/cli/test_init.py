@@ -105,6 +105,32 @@ def test_layers_compute_in_bfloat16_where_the_processor_is_fast_in_it(
     assert recipe["model"]["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("labels", "metric", "train"),
+    [
+        ([n % 2 for n in range(60)], None, (16, "labels")),
+        ([0] * 60 + [1] * 25, "balanced_accuracy", (16, "labels")),
+        ([n % 3 for n in range(90)], None, (15, "labels")),
+        ([0] * 60 + [1] * 15, "balanced_accuracy", (16, None)),  # so few of one would come again and again
+    ],
+)
+def test_uneven_labels_are_graded_and_dealt_out_evenly(
+    run: Run, model_folder: Path, tmp_path: Path, labels: list[int], metric: str | None, train: tuple[int, str | None]
+) -> None:
+    data = write(tmp_path / "mail.jsonl", [{"text": text(n), "label": label} for n, label in enumerate(labels)])
+    recipe = written(run, model_folder, data)
+    assert recipe["task"].get("metric") == metric
+    assert (recipe["train"]["batch_size"], recipe["train"].get("balance")) == train
+    code, said, err = run("train", data.with_suffix(".yaml"), "steps=2", f"output.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert (metric or "accuracy") in said
+
+
+def test_rows_of_like_length_share_a_step(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "mail.jsonl", [{"text": text(n), "label": n % 2} for n in range(60)])
+    assert written(run, model_folder, data)["train"]["sort_window"] == 8
+
+
 def test_a_target_that_is_named_is_taken(run: Run, model_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"text": text(n), "label": n % 2, "reply": text(n + 1)} for n in range(40)])
     task = written(run, model_folder, data, "--target", "reply")["task"]
