@@ -1,0 +1,28 @@
+"""`optimizer.eps: auto` on several ranks: one eps for all of them, which the log keeps."""
+
+from pathlib import Path
+
+import pytest
+
+from mezo_scale.recipe import load
+from mezo_scale.runs.verify import verify
+from mezo_scale.trajectory import Trajectory
+from tests.runs.test_snapshots_on_ranks import go_on
+from tests.support.pool import Ranks
+
+OPTIONS = ["eps=auto", "steps=2", "snapshot_every=0"]
+
+
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_all_ranks_take_one_eps_even_where_some_have_no_row(
+    ranks: Ranks, recipe_file: Path, tmp_path: Path, batch_size: int
+) -> None:
+    for size, strategy in ((3, "single"), (2, "fsdp2"), (2, "zero3")):
+        folder = tmp_path / f"{strategy}-{size}"
+        overrides = [*OPTIONS, f"strategy={strategy}", f"train.batch_size={batch_size}", f"output.dir={folder}"]
+        shown = ranks(size, go_on, recipe=str(recipe_file), overrides=overrides, done=0)
+        eps = Trajectory.open(folder / "trajectory.mezo").header.eps
+        assert f"optimizer.eps: auto is {eps:g} in this run" in shown[0]
+        assert "auto" not in "".join(shown[1:])
+        lines = list(verify(load(folder)))
+        assert "bit for bit" in lines[2]
