@@ -98,7 +98,7 @@ def device() -> torch.device:
     backend = str(dist.get_backend())
     for device, name in (("cuda", "nccl"), ("xpu", "xccl"), ("hpu", "hccl")):
         if name in backend and "gloo" not in backend:
-            return torch.device(device, getattr(torch, device).currentdevice())
+            return torch.device(device, getattr(torch, device).current_device())
     return torch.device("cpu")
 
 
