@@ -105,7 +105,7 @@ def _rank(log: str) -> None:
 
 
 def _import_everything() -> None:
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 

@@ -76,12 +76,10 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     lines = {run: RunDirectory(run).read_metrics() for run in runs}
     if not any("loss" in line for of_run in lines.values() for line in of_run):
         raise RecipeError("--plot: no run has taken a step yet")
-    import matplotlib as mpl  # slow to import
+    from matplotlib.figure import Figure  # slow to import
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
     for run, of_run in lines.items():
         losses = [(line["step"], line["loss"]) for line in of_run if line.get("loss") is not None]
         name = main_metric(RunDirectory(run).read_evaluation().get("zero_shot", {}))
@@ -97,8 +95,6 @@ def plot(runs: Sequence[Path], path: Path) -> None:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
         raise RecipeError(f"--plot: {path} can't be written: {error.strerror}") from None
-    finally:
-        plt.close(figure)
 
 
 def _entry(run: Path) -> dict[str, Any]:
