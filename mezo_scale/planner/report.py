@@ -54,7 +54,7 @@ class Report:
         arch = architecture_of(model)
         entries = plan(arch, cluster, workload, rates)
         for number, entry in enumerate(entries):
-            if dry_run is not None and entry.fits and entry.strategy.can_dry_run:
+            if dry_run is not None and entry.fits and entry.strategy.can_dry_run and workload.positions == 1:
                 from mezo_scale.models.shapes import config_of  # seconds to import
 
                 dry_run(f"dry run: {entry.strategy.layout}, stored in {workload.stored(entry.strategy)}")
