@@ -206,8 +206,9 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.subplots()
     if steps:
-        left.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
-        left.plot(*zip(*_smooth(steps), strict=True), color="tab:blue", label="training loss, mean of 20 steps")
+        numbers, losses = zip(*steps, strict=True)
+        left.plot(numbers, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        left.plot(numbers, running_mean(losses), color="tab:blue", label="training loss, mean of 20 steps")
     left.set(xlabel="step", ylabel="loss")
     right = left.twinx()
     if dev:
@@ -224,9 +225,6 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
     replace_plot(run.plot, figure, dpi=150)
 
 
-def _smooth(points: list[tuple[int, float]], width: int = 20) -> list[tuple[int, float]]:
-    values = [value for _, value in points]
-    return [
-        (step, sum(values[max(0, n + 1 - width) : n + 1]) / len(values[max(0, n + 1 - width) : n + 1]))
-        for n, (step, _) in enumerate(points)
-    ]
+def running_mean(values: Sequence[float], width: int = 20) -> list[float]:
+    """Of each value and those before it, as many as there are up to `width`."""
+    return [sum(values[max(0, n + 1 - width) : n + 1]) / min(n + 1, width) for n in range(len(values))]
