@@ -58,20 +58,17 @@ def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) ->
             with fake:
                 models.shard_fsdp2(model, mesh, mixed)
         autocast = strategy.autocasts and mixed is not None
+        computing = partial(torch.autocast, "cpu", compute, cache_enabled=False) if autocast else nullcontext
         storages = Storages(int(config.vocab_size))
         view = View(model, dtype=compute if autocast else None, scratch=_Scratch(storages))
         storages.watch_shards(model)
         with fake, storages:
-            gathered = _step(model, view, workload, storages, _autocast(compute) if autocast else nullcontext)
+            gathered = _step(model, view, workload, storages, computing)
     parts = storages.at_peak
     size = BYTES[workload.stored(strategy)]
     master = parts[SHARDS] - parts[SHARDS] * BYTES[workload.dtype] // size
     found = Memory(parts[SHARDS] - master, master, parts[GATHERED], parts[SCRATCH], parts[ACTIVATIONS], parts[LOGITS])
     return found, gathered
-
-
-def _autocast(dtype: torch.dtype) -> Any:
-    return partial(torch.autocast, "cpu", dtype, cache_enabled=False)
 
 
 def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages", compute: Any) -> int:
