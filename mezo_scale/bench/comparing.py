@@ -54,8 +54,7 @@ def run(
     check_alone("a comparison starts the ranks of each run", "run mezo-scale compare once, with --processes")
     recipes = {cell.name: _frozen(cell) for cell in comparison.cells}
     out = comparison.out
-    RunDirectory(out).create()
-    (out / "logs").mkdir(exist_ok=True)
+    RunDirectory(out / "logs").create()
     names = [cell.name for cell in comparison.cells]
     failed = {} if retry_failed else {name: why for name, why in _read_failed(out).items() if name in names}
     left = [cell for cell in comparison.cells if cell.name not in failed and not finished(cell)]

@@ -142,10 +142,11 @@ def test_two_runs_are_given_no_folder_in_common(tmp_path: Path, tree: dict[str, 
 
 
 def test_a_folder_that_cannot_be_made_stops_all(tmp_path: Path, tree: dict[str, Any]) -> None:
-    (tmp_path / "out").touch()
-    asked = comparison.load(write(tmp_path, tree), [f"output.dir={tmp_path / 'out' / 'in a file'}"])
-    with pytest.raises(RecipeError, match=r"^output.dir: .*/in a file can't be made \(Not a directory\)$"):
-        comparing.run(asked, start=start)
+    (tmp_path / "logs").touch()
+    for out, why in ((tmp_path, "File exists"), (tmp_path / "logs" / "in it", "Not a directory")):
+        asked = comparison.load(write(tmp_path, tree), [f"output.dir={out}"])
+        with pytest.raises(RecipeError, match=rf"^output.dir: {out}/logs can't be made \({why}\)$"):
+            comparing.run(asked, start=start)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"mezo-seed0": 3}'])
