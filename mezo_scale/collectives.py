@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -48,12 +50,19 @@ def max_integer(value: int) -> int:
 
 def gather_integers(value: int) -> list[int]:
     """Every rank's value, in rank order."""
+    everyone: list[int] = gather_table(np.array([value], np.int64))[:, 0].tolist()
+    return everyone
+
+
+def gather_table(mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Every rank's table, int64 [ranks, ...], in rank order. All ranks' have one shape."""
     if not is_distributed():
-        return [value]
-    mine = torch.tensor([value], dtype=torch.int64, device=device())
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [int(other.item()) for other in everyone]
+        return mine[None]
+    here = torch.from_numpy(mine).to(device())
+    everyone = torch.empty(dist.get_world_size(), *mine.shape, dtype=torch.int64, device=here.device)
+    dist.all_gather(list(everyone.unbind()), here)
+    table: npt.NDArray[np.int64] = everyone.cpu().numpy()
+    return table
 
 
 def broadcast_bytes(data: bytes | None) -> bytes:
@@ -98,7 +107,7 @@ def device() -> torch.device:
     backend = str(dist.get_backend())
     for device, name in (("cuda", "nccl"), ("xpu", "xccl"), ("hpu", "hccl")):
         if name in backend and "gloo" not in backend:
-            return torch.device(device, getattr(torch, device).currentdevice())
+            return torch.device(device, getattr(torch, device).current_device())
     return torch.device("cpu")
 
 

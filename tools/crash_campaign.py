@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.crash_sessions import LIMIT_S, ROOT, Sessions
+from tests.support.pool import ROOT
+from tools.crash_sessions import LIMIT_S, Sessions
 from tools.failpoints import POINTS
 
 ROWS = ROOT / "tools" / "results" / "crash_campaign.jsonl"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from pathlib import Path
 
+import pandas as pd
+
+from mezo_scale.runs.report import as_markdown
 from tools.crash_campaign import Row, is_right
 
 BEGIN, END = "<!-- made by tools/crash_campaign.py --report -->\n", "<!-- end of what is made -->\n"
@@ -18,20 +19,19 @@ def write(rows: list[Row], page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    page.write_text(before + BEGIN + "\n".join([*_summary(rows), "", *_by_point(rows), ""]) + END + after)
+    cases = pd.DataFrame(rows).assign(right=[is_right(row) for row in rows], what=[_what(row) for row in rows])
+    page.write_text(before + BEGIN + "\n".join([*_summary(cases), "", *_by_point(cases), ""]) + END + after)
 
 
-def _summary(rows: list[Row]) -> list[str]:
+def _summary(cases: pd.DataFrame) -> list[str]:
     """One line per layout and disturbance."""
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        moment = row["point"].startswith("moment")
-        groups[WHERE[row["layout"]], "at a random moment" if moment else "at a failpoint", _what(row)].append(row)
-    lines = ["| where | when | what | cases | as if nothing had happened |", "|---|---|---|---|---|"]
-    for (where, when, what), found in sorted(groups.items()):
-        lines.append(f"| {where} | {when} | {what} | {len(found)} | {sum(map(is_right, found))} |")
-    right, sessions = sum(map(is_right, rows)), sum(row["sessions"] for row in rows)
-    return [*lines, "", f"{len(rows)} cases, {sessions} sessions, {right} right, {len(rows) - right} wrong."]
+    when = cases["point"].str.startswith("moment").map({True: "at a random moment", False: "at a failpoint"})
+    groups = cases.groupby([cases["layout"].map(WHERE), when, "what"])["right"].agg(["size", "sum"])
+    lines = [["where", "when", "what", "cases", "as if nothing had happened"]]
+    lines += [[*key, *map(str, counts)] for key, counts in zip(groups.index, groups.to_numpy(), strict=True)]
+    right, sessions = cases["right"].sum(), cases["sessions"].sum()
+    said = f"{len(cases)} cases, {sessions} sessions, {right} right, {len(cases) - right} wrong."
+    return [*as_markdown(lines), "", said]
 
 
 def _what(row: Row) -> str:
@@ -41,15 +41,11 @@ def _what(row: Row) -> str:
     return WHAT[row["action"]] if row["layout"] == "single" else f"{WHAT[row['action']]}: {who}"
 
 
-def _by_point(rows: list[Row]) -> list[str]:
+def _by_point(cases: pd.DataFrame) -> list[str]:
     """One line per failpoint: what was done there, and how often it came out right."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if not row["point"].startswith("moment"):
-            groups[re.sub(r":\d+", "", row["point"])].append(row)
-    lines = ["| failpoint | done there | cases | right | not reached |", "|---|---|---|---|---|"]
-    for point, found in groups.items():
-        done = ", ".join(sorted({row["action"] for row in found}, key=str.swapcase))
-        missed = sum(not row["hit"] for row in found)
-        lines.append(f"| `{point}` | {done} | {len(found)} | {sum(map(is_right, found))} | {missed} |")
-    return lines
+    cases = cases[~cases["point"].str.startswith("moment")]
+    lines = [["failpoint", "done there", "cases", "right", "not reached"]]
+    for point, found in cases.groupby(cases["point"].str.replace(r":\d+", "", regex=True), sort=False):
+        done = ", ".join(sorted(set(found["action"]), key=str.swapcase))
+        lines.append([f"`{point}`", done, *map(str, (len(found), found["right"].sum(), (~found["hit"]).sum()))])
+    return as_markdown(lines)

@@ -17,18 +17,9 @@ from typing import Any
 
 import psutil
 
+from tests.support.pool import ROOT, WORKER_ENVIRONMENT
 from tools.failpoints import EVIDENCE, VARIABLE
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "HF_HUB_OFFLINE": "1",
-    "NUMBA_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 LIMIT_S = 180
 SETTINGS = [
     "train.steps=6",
@@ -47,7 +38,7 @@ class Sessions:
         self.work, self.number, self.warm = work, 0, False
         made = [sys.executable, "-m", "tests.support.workload", str(work)]
         said = subprocess.run(
-            made, cwd=ROOT, env=os.environ | ENVIRONMENT, check=True, capture_output=True, text=True
+            made, cwd=ROOT, env=os.environ | WORKER_ENVIRONMENT, check=True, capture_output=True, text=True
         ).stdout
         self.recipe = said.strip()
 
@@ -77,7 +68,7 @@ class Sessions:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            os.environ |= ENVIRONMENT | environment
+            os.environ |= WORKER_ENVIRONMENT | environment
             sys.argv = ["mezo-scale", *arguments]
             code = _main() if layout == "single" else _with_agent(str(log))
         finally:
@@ -114,7 +105,7 @@ def _rank(log: str) -> None:
 
 
 def _import_everything() -> None:
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 

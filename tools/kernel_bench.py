@@ -13,13 +13,10 @@ GPU the step is timed on random weights in OPT's shapes, 16 rows of 400 tokens. 
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
 import datetime
 import gc
 import os
 import pathlib
-import platform
 import sys
 import time
 import unittest.mock as mock
@@ -29,11 +26,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import mezo_scale as ms
 from mezo_scale import noise
+from mezo_scale.bench.measure import device_name, wait
+from mezo_scale.distributed.memory import keep_freed_memory
 from mezo_scale.perturbation import view
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,14 +67,6 @@ class Figure:
     best: float
     seconds: float
     rounds: int
-
-
-def tune_allocation() -> None:
-    """Keep freed memory in the process: mapping it anew costs more than a forward pass on some virtual machines."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never by mmap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never back to the system
 
 
 def interleave(
@@ -111,11 +103,6 @@ def by_events(run: Contender) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def figure(
@@ -267,27 +254,17 @@ def report(figures: Iterator[Figure], table: list[Figure]) -> None:
 
 
 def save(table: list[Figure], folder: pathlib.Path, device: torch.device) -> pathlib.Path:
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    elif pathlib.Path("/proc/cpuinfo").exists():
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        hardware = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), hardware)
     now = datetime.datetime.now(datetime.UTC)
     about = {
         "date": now.strftime("%Y-%m-%d %H:%M"),
-        "hardware": f"{hardware}, {os.cpu_count()} cores",
+        "hardware": f"{device_name(device)}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"kernels_{device.type}_{now:%Y%m%d}.csv"
-    rows = [about | asdict(row) for row in table]
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if not path.stat().st_size:
-            writer.writeheader()
-        writer.writerows(rows)
+    rows = pd.DataFrame([about | asdict(row) for row in table])
+    rows.to_csv(path, mode="a", header=not path.exists(), index=False)
     return path
 
 
@@ -313,7 +290,7 @@ def main() -> None:
     if options.only != "kernels" and device.type == "cpu" and options.model:
         from transformers import AutoModelForCausalLM
 
-        tune_allocation()
+        keep_freed_memory()
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
         report(steps(model, pathlib.Path(options.model).name, CPU_ROWS, options.rounds), table)
     elif options.only != "kernels" and device.type == "cuda":

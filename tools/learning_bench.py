@@ -22,6 +22,7 @@ from mezo_scale.bench import comparing, comparison
 from mezo_scale.bench.comparison import Cell
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.learning import estimator_of
+from mezo_scale.runs.report import as_markdown
 
 Curve = list[tuple[float, float]]
 """(forward rows, loss on dev), in the order of the steps."""
@@ -99,16 +100,13 @@ def best(found: Sequence[Learned]) -> list[Learned]:
 def table(chosen: Sequence[Learned], target: float) -> str:
     """In Markdown; the first method's rows are 1."""
     base = chosen[0].rows
-    lines = [
-        f"| method | lr | rows to {target:g} | of the first's | last loss | seeds | s per step |",
-        "|---" * 7 + "|",
-    ]
+    lines = [["method", "lr", f"rows to {target:g}", "of the first's", "last loss", "seeds", "s per step"]]
     for one in chosen:
         rows = "not reached" if one.rows is None else f"{one.rows:.0f}"
         share = "" if one.rows is None or base is None else f"{one.rows / base:.2f}"
         last = f"{one.last:.4f} ± {one.deviation:.4f}"
-        lines.append(f"| {one.method} | {one.lr:g} | {rows} | {share} | {last} | {one.seeds} | {one.seconds:.2f} |")
-    return "\n".join(lines)
+        lines.append([one.method, f"{one.lr:g}", rows, share, last, str(one.seeds), f"{one.seconds:.2f}"])
+    return "\n".join(as_markdown(lines))
 
 
 def plot(chosen: Sequence[Learned], target: float, path: Path) -> None:

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 import mezo_scale as ms
+from mezo_scale.distributed.memory import keep_freed_memory
 from mezo_scale.noise import Noise
-from tools.kernel_bench import Contender, Figure, figure, interleave, last_token_loss, report, save, tune_allocation
+from tools.kernel_bench import Contender, Figure, figure, interleave, last_token_loss, report, save
 
 ROWS = 16
 
@@ -65,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
-    tune_allocation()
+    keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
     noises, table = [Noise(), Noise("low_rank", options.rank)], []
     print(f"load {os.getloadavg()} on {os.cpu_count()} cores")

@@ -5,18 +5,14 @@ memory. What is done is what the cells' directories hold.
 """
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mezo_scale.bench.comparison import Cell, Comparison
-from mezo_scale.bench.running import end_launch, killed_by
-from mezo_scale.distributed.launcher import detect
-from mezo_scale.errors import LaunchError, RecipeError
+from mezo_scale.bench.running import check_alone, ending_on_sigterm, killed_by, launched
+from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, dump
 from mezo_scale.recipe import load as load_recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
@@ -31,12 +27,7 @@ def launch(cell: Cell, log: Path, processes: int | None) -> str | None:
     """Runs a cell by the command line, as a user would; what it says goes to the log."""
     command = [sys.executable, "-m", "mezo_scale.cli", "train", str(cell.recipe.directory)]
     command += [] if processes is None else ["--processes", str(processes)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait()
-        finally:
-            end_launch(process)
+    code = launched(command, log)
     if code == 0:
         return None
     said = re.findall(r"^(?:\[\w+\]:)? *error: (.+)$", log.read_text(errors="replace"), re.MULTILINE)
@@ -60,20 +51,16 @@ def run(
         LaunchError: a launcher around this process.
         RecipeError: a cell's directory holds another run, or the folder can't be made; nothing has begun then.
     """
-    _check_alone()
+    check_alone("a comparison starts the ranks of each run", "run mezo-scale compare once, with --processes")
     recipes = {cell.name: _frozen(cell) for cell in comparison.cells}
     out = comparison.out
-    try:
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"output.dir: {out} can't be made ({error.strerror})") from None
+    RunDirectory(out / "logs").create()
     names = [cell.name for cell in comparison.cells]
     failed = {} if retry_failed else {name: why for name, why in _read_failed(out).items() if name in names}
     left = [cell for cell in comparison.cells if cell.name not in failed and not finished(cell)]
     if len(left) < len(names):
         say(f"{len(left)} of {len(names)} runs are left: the others have a result or have failed")
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+    with ending_on_sigterm():
         for number, cell in enumerate(left, 1):
             say(f"[{number}/{len(left)}] {cell.name}")
             run = RunDirectory(cell.recipe.directory)
@@ -86,8 +73,6 @@ def run(
                 failed[cell.name] = reason
                 say(f"    failed: {reason}")
             replace_file(out / FAILED, json.dumps(failed, indent=2) + "\n")
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -122,12 +107,3 @@ def _read_failed(out: Path) -> dict[str, str]:
     except ValueError:
         raise RecipeError(f"{path} is damaged: take it away, and what failed is run again") from None
     return found
-
-
-def _check_alone() -> None:
-    around = detect(os.environ)
-    if around.name != "none":
-        raise LaunchError(
-            f"{around.name} started {around.world_size} processes, but a comparison starts the ranks of each run "
-            "itself: run mezo-scale compare once, with --processes"
-        )

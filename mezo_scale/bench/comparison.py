@@ -6,6 +6,7 @@ looks at it; what a method has under `compare.methods` is its own.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mezo_scale.bench.sweep import Several
+from mezo_scale.bench.sweep import Several, given_or_shipped, names_in
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, looks_at, options, parse, takes_steps
 from mezo_scale.recipe.reading import checked, parse_override, read_yaml
@@ -33,7 +34,9 @@ class CompareSection(Section):
         description="By a name of your own the sections of a recipe that are its own. optimizer.lr may be a list: each "
         "is run, and the one with the best mean on dev after the last step stands in the table.",
     )
-    seeds: Several[Annotated[int, Field(ge=0, lt=2**63)]] = Field((0,), description="Each is a run of every method.")
+    seeds: Several[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+        (0,), min_length=1, description="Each is a run of every method."
+    )
     vary: Literal["optimizer.seed", "task.split_seed"] = Field(
         "optimizer.seed",
         description="What a seed is: of the run (methods that draw nothing are run once), or of the split of the data.",
@@ -77,9 +80,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     Raises:
         RecipeError: in one line, for whatever is wrong with the file, a key or a value.
     """
-    path = next((path for path in (Path(source), SHIPPED / f"{source}.yaml") if path.is_file()), None)
-    if path is None:
-        raise RecipeError(f"there is no file {source}: give a comparison (YAML), or one of {', '.join(shipped())}")
+    path = given_or_shipped(source, SHIPPED, "a comparison")
     shared = read_yaml(path, "sections of a recipe, and compare")
     section = shared.pop("compare", None)
     if section is None:
@@ -99,12 +100,17 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     trees = {label: _tree(label, fields, path) for label, fields in asked.methods.items()}
     _share(shared, given, trees, path)
     cells = [cell for label, tree in trees.items() for cell in _cells(label, tree, asked, out, path)]
+    (name, count), *_ = Counter(cell.name for cell in cells).most_common(1)
+    if count > 1:
+        raise RecipeError(
+            f"{path}: two runs would be called {name}: give methods other names, or rates that differ more"
+        )
     return Comparison(tuple(cells), out)
 
 
 def shipped() -> list[str]:
     """The names of the comparisons that come along: the paper's settings."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return names_in(SHIPPED)
 
 
 def fields() -> Iterator[tuple[str, str]]:
@@ -171,7 +177,7 @@ def _cells(label: str, tree: Tree, asked: CompareSection, out: Path, path: Path)
     if _taken(tree, section, field) is not None:
         raise RecipeError(f"{origin}: {asked.vary} is given, but compare.seeds says what it is: leave one of them out")
     grid = _taken(tree, "optimizer", "lr")
-    rates = list(dict.fromkeys(grid)) if isinstance(grid, list) else [None]
+    rates = list(dict.fromkeys(grid)) if grid and isinstance(grid, list) else [None]
     varies = looks_at(_method(tree, {}), asked.vary)
     for lr, seed in itertools.product(rates, dict.fromkeys(asked.seeds) if varies else (None,)):
         own = deepcopy(tree)

@@ -25,10 +25,6 @@ class Collective:
     nbytes: int
     ranks: int
 
-    @property
-    def is_gather(self) -> bool:
-        return "allgather" in self.op
-
 
 class Traffic(TorchDispatchMode):
     """Every collective of the block, in order. Works for any backend and device; costs some time on every operation."""

@@ -9,8 +9,7 @@ import pandas as pd
 
 from mezo_scale.bench.sweep import Cell, short_name
 from mezo_scale.errors import ModelError, RecipeError
-from mezo_scale.planner import GIB, Workload, architecture_of, memory, traffic
-from mezo_scale.planner.workload import BYTES
+from mezo_scale.planner import GIB, Workload, architecture_of, forward_flops, memory, traffic
 
 _KEPT = ["waited", "device", "device_type", "threads", "cores", "torch", "date"]
 _KEPT += ["parameters", "layers", "layer_bytes", "gather_s"]
@@ -139,12 +138,11 @@ def rates(cells: pd.DataFrame) -> dict[str, float]:
         return found
     cells = cells[cells["device_type"] == "cuda"]
     alone = cells[(cells["world_size"] == 1) & (cells["strategy"] == "single")]
-    alone = alone[(alone["method"] == "mezo") & (alone["num_directions"] == 1)]
+    alone = alone[(alone["method"] == "mezo") & (alone["num_directions"] == 1) & alone["planned_gib"].notna()]
     if len(alone):
         one = alone.loc[alone["parameters"].idxmax()]
-        per_token = 2 * one.layers * one.layer_bytes // BYTES[one["dtype"]]
-        per_token += 4 * one.layers * architecture_of(one.model).hidden * one.tokens
-        found["compute_tflops"] = float(2 * one.rows * one.tokens * per_token / one.forwards_s / 1e12)
+        flops = 2 * forward_flops(architecture_of(one.model), one.rows, one.tokens)
+        found["compute_tflops"] = float(flops / one.forwards_s / 1e12)
         if one.besides_s > 0:
             found["noise_g_s"] = float(2 * one.parameters / one.besides_s / 1e9)
     gathers = cells[cells["gather_s"].notna() & (cells["world_size"] <= 8)]

@@ -32,6 +32,7 @@ from mezo_scale.models.checkpoints import silence_transformers
 from mezo_scale.models.shapes import config_of
 from mezo_scale.models.units import units
 from mezo_scale.optim.mezo import MeZO
+from mezo_scale.planner.dry_run import random_batch
 from mezo_scale.sharding import discover, shards
 from mezo_scale.tasks.kinds.candidates import candidates_loss
 
@@ -94,7 +95,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
         "step_collectives": summed(whole.collectives),
         "forward_collectives": summed(bare.collectives),
         "device_type": world.device.type,
-        "device": _device_name(world.device),
+        "device": device_name(world.device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
@@ -122,9 +123,8 @@ def _recipe(cell: Cell) -> recipe.Recipe:
 def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, Callable[[], Any]]:
     """A step of the cell's method, and one bare forward on the same rows."""
     model: Any = loaded.model
-    batch = _batch(cell, int(model.config.vocab_size), loaded.device)
-    if heads.is_masked(model.config):
-        batch["mask_at"] = torch.zeros_like(batch["label"])
+    made = random_batch(model, cell.rows // cell.world_size, cell.tokens, seed=1 + world.rank)
+    batch = {name: tensor.to(loaded.device) for name, tensor in made.items()}
 
     def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         with loaded.compute():
@@ -141,19 +141,6 @@ def _contenders(cell: Cell, loaded: models.Loaded, world: World) -> tuple[Step, 
     return partial(rival.step, batch, objective), forward
 
 
-def _batch(cell: Cell, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    """Random tokens, two candidates of one token each: `tasks.encoding.collate`'s first form, this rank's rows."""
-    rows = cell.rows // cell.world_size
-    generator = torch.Generator().manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
-    batch = {
-        "input_ids": torch.randint(vocabulary, (rows, cell.tokens), generator=generator),
-        "attention_mask": torch.ones(rows, cell.tokens, dtype=torch.long),
-        "candidate_ids": torch.tensor([[1, 2]]).expand(rows, 2).contiguous(),
-        "label": torch.arange(rows) % 2,
-    }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def _interleave(contenders: dict[str, Callable[[], Any]], rounds: int, world: World) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after one round to warm up. All ranks begin each together."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -161,10 +148,10 @@ def _interleave(contenders: dict[str, Callable[[], Any]], rounds: int, world: Wo
         for name, run in contenders.items():
             if dist.is_initialized():
                 dist.barrier()
-            _wait(world.device)
+            wait(world.device)
             start = time.perf_counter()
             run()
-            _wait(world.device)
+            wait(world.device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -211,7 +198,8 @@ def _import_model(cell: Cell) -> None:
         import deepspeed  # noqa: F401
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     info = Path("/proc/cpuinfo")
@@ -225,7 +213,8 @@ def _waited_s() -> float:
     return int(path.read_text().split()[1]) / 1e9 if path.exists() else 0.0
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """For what was launched there."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 

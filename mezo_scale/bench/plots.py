@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mezo_scale.bench.figures import series
+from mezo_scale.runs.directory import replace_plot
 
 _COLOURS = {"single": "tab:gray", "fsdp2": "tab:blue", "hsdp": "tab:green", "zero3": "tab:orange"}
 
 
 def scaling(cells: pd.DataFrame, path: Path) -> None:
     """Seconds per step, and efficiency, over ranks: strong scaling to the left, weak to the right."""
-    figure, axes = _pyplot().subplots(2, 2, figsize=(8, 5.5), sharex="col", layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col")
     for column, kind in enumerate(("strong", "weak")):
         mine = series(cells, kind)
         for (name, strategy), line in mine.groupby(["name", "strategy"]):
@@ -26,14 +29,15 @@ def scaling(cells: pd.DataFrame, path: Path) -> None:
         axes[1, column].set_xticks(sorted(mine["world_size"].unique()))
     if axes[0, 0].get_legend_handles_labels()[0]:
         axes[0, 0].legend(fontsize="small")
-    _save(figure, path)
+    replace_plot(path, figure, dpi=100)
 
 
 def methods(pairs: pd.DataFrame, path: Path) -> None:
     """Time and memory of each method, side by side."""
     labels = [f"{one.method}\n{one.strategy} x {one.world_size}" for one in pairs.itertuples()]
     colours = ["tab:blue" if method == "mezo" else "tab:red" for method in pairs["method"]]
-    figure, axes = _pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for each, column, label in zip(axes, ("step_s", "peak_gib"), ("s per step", "peak GiB per rank"), strict=True):
         each.bar(range(len(labels)), pairs[column], color=colours)
         each.set(ylabel=label)
@@ -43,18 +47,4 @@ def methods(pairs: pd.DataFrame, path: Path) -> None:
         ends = [[place + side for place in places] for side in (-0.4, 0.4)]
         axes[1].hlines(pairs["planned_gib"].dropna(), *ends, color="black", label="planned")
         axes[1].legend(fontsize="small")
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib as mpl  # slow to import
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=100, format="png")
-    _pyplot().close(figure)
+    replace_plot(path, figure, dpi=100)

@@ -13,6 +13,7 @@ from mezo_scale.bench import plots
 from mezo_scale.bench.figures import beside_mezo, frame, rates, series
 from mezo_scale.bench.sweep import Cell
 from mezo_scale.runs.directory import replace_file
+from mezo_scale.runs.report import as_markdown
 
 Row = dict[str, Any]
 _NOTHING: Mapping[str, float] = {}
@@ -40,14 +41,8 @@ def write(rows: Sequence[Row], out: Path, published_s: Mapping[str, float] = _NO
         lines += ["", "## Cells without figures", "", *_table(pd.DataFrame(failed))]
     if measured:
         options = " ".join(f"--rate {name}={value:.4g}" for name, value in measured.items())
-        lines += [
-            "",
-            "## For the plan",
-            "",
-            "Rates that these GPUs reached; the plan's others are stated ones:",
-            "",
-        ]
-        lines += [f"    mezo-scale plan --gpus 1,2,4..64 {options}"]
+        lines += ["", "## For the plan", "", "Rates that these GPUs reached; the plan's others are stated ones:"]
+        lines += ["", f"    mezo-scale plan --gpus 1,2,4..64 {options}"]
     figures = json.loads(cells.to_json(orient="records"))
     tree = {"command": command, "rows": list(rows), "figures": figures, "rates": measured}
     replace_file(out / "report.json", json.dumps(tree, indent=1) + "\n")
@@ -135,12 +130,10 @@ def _traffic(cells: pd.DataFrame) -> Iterator[str]:
     shown = _named(cells)
     directions = ", " + cells["num_directions"].astype(str) + " dir."
     shown["method"] = cells["method"] + directions.where(cells["method"] == "mezo", "")
-    names = {"gathered": "planned_gathered", "all-reduced": "planned_reduced", "reduce-scattered": None}
-    for name, formula in names.items():
-        counted = cells[{"all-reduced": "reduced", "reduce-scattered": "scattered"}.get(name, name)]
-        shown[name] = _text(counted, "{:,.0f}")
-        if formula is not None:
-            shown[f"{name}, formula"] = _text(cells[formula], "{:,.0f}")
+    for name, column in (("gathered", "gathered"), ("all-reduced", "reduced")):
+        shown[name] = _text(cells[column], "{:,.0f}")
+        shown[f"{name}, formula"] = _text(cells[f"planned_{column}"], "{:,.0f}")
+    shown["reduce-scattered"] = _text(cells["scattered"], "{:,.0f}")
     yield from _table(shown.drop_duplicates())
 
 
@@ -156,8 +149,6 @@ def _text(values: pd.Series, form: str) -> pd.Series:
     return values.map(lambda value: form.format(value) if pd.notna(value) else "—")
 
 
-def _table(shown: pd.DataFrame) -> Iterator[str]:
-    """As Markdown."""
-    rule = ["---"] * len(shown.columns)
-    for row in (shown.columns, rule, *shown.astype(str).to_numpy()):
-        yield f"| {' | '.join(text.replace('|', '/') for text in row)} |"
+def _table(shown: pd.DataFrame) -> list[str]:
+    rows = (shown.columns, *shown.astype(str).to_numpy())
+    return as_markdown([[text.replace("|", "/") for text in row] for row in rows])

@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,19 +52,19 @@ def run(
 
     Raises:
         LaunchError: more ranks than there are GPUs, or a launcher around this process.
-        RecipeError: `out` is a file, or holds rows that can't be read.
+        RecipeError: `out` can't be made, or holds rows that can't be read.
     """
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out: {out} is a file, expected a folder or nothing")
     done = {_cell(row).key for row in read(out) if not (retry_failed and "reason" in row)}
     left = [cell for cell in cells if cell.key not in done]
     _check_launch(left, places)
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--out: {out} can't be made ({error.strerror}): give another folder") from None
     if len(left) < len(cells):
         say(f"{len(left)} of {len(cells)} cells are left: the others have their row")
-    # On the way out the ranks are ended.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.monotonic()
-    try:
+    with ending_on_sigterm():
         for number, cell in enumerate(left):
             limit = timeout_s if budget_s is None else min(timeout_s, budget_s - (time.monotonic() - began))
             if limit < min(timeout_s, _LEAST_S):
@@ -77,8 +77,6 @@ def run(
             each = (time.monotonic() - began) / (number + 1)
             rest = timedelta(seconds=round(each * (len(left) - number - 1)))
             say(f"    {summary(row)}{f'; about {rest} left' if rest else ''}")
-    finally:
-        signal.signal(signal.SIGTERM, before)
     wanted = {cell.key for cell in cells}
     return [row for row in read(out) if _cell(row).key in wanted]
 
@@ -129,19 +127,10 @@ def summary(row: Row) -> str:
 
 def _measured(cell: Cell, launch: Sequence[str], folder: Path, limit_s: float) -> Row:
     """The figures of a cell, or the reason why there are none; then the log of its ranks is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.log"
-    environ = {"OMP_NUM_THREADS": "1"} | os.environ
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            launch, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            code: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end_launch(process)
+    code: int | None = None
+    with suppress(subprocess.TimeoutExpired):
+        code = launched(launch, log, limit_s, OMP_NUM_THREADS="1")
     text = log.read_text(errors="replace")
     answer = _answer(text, cell, code, f"took longer than {limit_s:.3g} s", log)
     if "reason" not in answer:
@@ -171,7 +160,44 @@ def _answer(text: str, cell: Cell, code: int | None, late: str, log: Path) -> Ro
     return {"reason": f"rank {rank}: {reason}" if cell.world_size > 1 and rank >= 0 else reason}
 
 
+def launched(command: Sequence[str], log: Path, limit_s: float | None = None, **environ: str) -> int:
+    """Runs a command, what it says going to the log, ends whatever it has started, and returns its exit code.
+
+    Args:
+        environ: variables that it has unless this process has them.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `limit_s`.
+    """
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command, env=environ | os.environ, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+        )
+        try:
+            return process.wait(limit_s)
+        finally:
+            _end(process)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends this process on the way of an exception, so that what it launched is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_alone(what: str, instead: str) -> None:
+    """Raises LaunchError: a launcher around this process."""
+    around = detect(os.environ)
+    if around.name != "none":
+        raise LaunchError(f"{around.name} started {around.world_size} processes, but {what} itself: {instead}")
+
+
 def killed_by(code: int) -> str:
+    """What the exit code of a process that a signal ended says."""
     why = " (out of memory, if the kernel did it)" if -code == signal.SIGKILL else ""
     return f"killed by {signal.Signals(-code).name}{why}"
 
@@ -181,7 +207,7 @@ def _is_consequence(reason: str) -> bool:
     return any(word in reason for word in ("Connection closed", "Connection reset", "DistBackendError", "gloo"))
 
 
-def end_launch(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a launch and whatever it has started on this machine; on others srun does."""
     if process.poll() is not None:
         return
@@ -209,12 +235,8 @@ def _cell(row: Row) -> Cell:
 
 
 def _check_launch(cells: Sequence[Cell], places: Places) -> None:
-    around = detect(os.environ)
-    if around.name != "none":
-        raise LaunchError(
-            f"{around.name} started {around.world_size} processes, but a sweep starts the ranks of each cell itself: "
-            "run mezo-scale bench once, for several nodes inside a SLURM allocation"
-        )
+    instead = "run mezo-scale bench once, for several nodes inside a SLURM allocation"
+    check_alone("a sweep starts the ranks of each cell", instead)
     devices, largest = places.gpus * places.nodes, max((cell.world_size for cell in cells), default=1)
     if 0 < devices < largest:
         raise LaunchError(

@@ -195,10 +195,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         RecipeError: in one line, for whatever is wrong with the file, a key or a value.
     """
-    path = next((path for path in (Path(source), SHIPPED / f"{source}.yaml") if path.is_file()), None)
-    if path is None:
-        names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-        raise RecipeError(f"there is no file {source}: give a sweep (YAML), or one of {names}")
+    path = given_or_shipped(source, SHIPPED, "a sweep")
     own = [name for name in Sweep.model_fields if name != "grids"]
     known = [*Grid.model_fields, *own, "grids"]
     elsewhere = f"expected {', '.join(known[:-1])} or grids"
@@ -215,6 +212,19 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         checked(Sweep, {key: None, "grids": ()}, str(path), known, elsewhere)
     found = [checked(Grid, common | grid, str(path), list(Grid.model_fields), elsewhere) for grid in grids]
     return checked(Sweep, tree | {"grids": found}, str(path), known, elsewhere)
+
+
+def given_or_shipped(source: str | Path, folder: Path, what: str) -> Path:
+    """A YAML file, or the one in a folder of the package's that has the name. Raises RecipeError: neither is there."""
+    path = next((path for path in (str(source), f"{folder}/{source}.yaml") if os.path.isfile(path)), None)
+    if path is None:
+        raise RecipeError(f"there is no file {source}: give {what} (YAML), or one of {', '.join(names_in(folder))}")
+    return Path(path)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Of the YAML files that are shipped there."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def cells(sweep: Sweep, places: Places) -> list[Cell]:

@@ -130,11 +130,6 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def hub_name(name: str) -> str:
-    """What a recipe calls the model: a built-in name's own on the hub, any other as it is."""
-    return SHAPES[name.lower()].hub if name.lower() in SHAPES else name
-
-
 def config_of(name: str) -> PretrainedConfig:
     """The configuration of a causal or masked language model.
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import checkpoints
 from mezo_scale.recipe import Recipe
+from mezo_scale.recipe.paths import find_beside
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -29,9 +29,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "sharding.strategy=fsdp2"
         )
     named = Path(recipe.sharding.ds_config)
-    installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale"
-    places = [named, Path(__file__).parents[2] / named, installed / named]
-    path = next((place for place in places if place.is_file()), None)
+    path = named if named.is_file() else find_beside(str(named))
     if path is None:
         raise RecipeError(f"sharding.ds_config: there is no file {named}; expected a DeepSpeed configuration (JSON)")
     config: dict[str, Any]

@@ -324,19 +324,15 @@ def rows(
     check.identity(0, param_id)
     if table.dim() < 1:
         raise ValueError("table has no dimensions, expected at least 1")
-    branches = check.branches(branches)
-    check.ids(ids, len(branches), table)
+    given = branches if isinstance(branches, Branches) else Branches(branches)
+    check.ids(ids, len(given), table)
     check.output(out, (*ids.shape, *table.shape[1:]), table.device)
     stream = check.stream(noise)
     rank = noise.rank_of(table.shape)
     with torch.no_grad():
         if out.numel():
-            drawn = _factors(_seeds(branches), param_id, rank, table.shape, noise, _kernels_for(table), table.device)
-            _sweeps_for(table, rank).rows(table, param_id, branches, ids, out, stream, *_given(drawn))
-
-
-def _seeds(branches: Sequence[tuple[int, float]]) -> npt.NDArray[np.uint64]:
-    return np.array([seed for seed, _ in branches], dtype=np.uint64)
+            drawn = _factors(given.seeds, param_id, rank, table.shape, noise, _kernels_for(table), table.device)
+            _sweeps_for(table, rank).rows(table, param_id, given, ids, out, stream, *_given(drawn))
 
 
 def _sweeps_for(tensor: Tensor, rank: int | None) -> ModuleType:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mezo_scale.noise import cpu_kernels
+from mezo_scale.noise.cpu_jit import memory_of
 from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32, MASTER
 from mezo_scale.noise.low_rank import Factors
 
@@ -63,16 +63,6 @@ def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> N
             helper.result()
 
 
-def _raw(tensor: Tensor) -> npt.NDArray[np.uint16]:
-    """The memory of a contiguous tensor as 16-bit words; it lives as long as the tensor does.
-
-    Not through Tensor.numpy(): that fixes the storage's size for good, and FSDP frees weights by resizing theirs.
-    """
-    words = tensor.numel() * tensor.element_size() // 2
-    interface = {"version": 3, "typestr": "=u2", "shape": (words,), "data": (tensor.data_ptr(), False)}
-    return np.asarray(SimpleNamespace(__array_interface__=interface))
-
-
 def write_(
     local: Tensor,
     runs: Runs,
@@ -85,9 +75,9 @@ def write_(
     stream: int,
     factors: Factors | None = None,
 ) -> None:
-    words, low, kind = _raw(local), np.empty(0, np.int16), KINDS[local.dtype]
+    words, low, kind = memory_of(local, "u2"), np.empty(0, np.int16), KINDS[local.dtype]
     if remainder is not None:
-        low, kind = _raw(remainder).view(np.int16), MASTER
+        low, kind = memory_of(remainder, "i2"), MASTER
     key, made_of = np.uint64(param_id), _arrays(factors)
 
     def sweep(first: int, begin: int, end: int) -> None:
@@ -160,7 +150,7 @@ def _perturb(
     stream: int,
     made_of: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], np.float32],
 ) -> None:
-    words, kind, filled, out_kind = _raw(weight), KINDS[weight.dtype], _raw(out), KINDS[out.dtype]
+    words, kind, filled, out_kind = memory_of(weight, "u2"), KINDS[weight.dtype], memory_of(out, "u2"), KINDS[out.dtype]
     names, key, numel = [seed for seed, _ in branches], np.uint64(param_id), out[0].numel()
     seeds = np.array(names, dtype=np.uint64)
     scales = np.array([scale for _, scale in branches], dtype=np.float32)

@@ -1,37 +1,42 @@
-"""Putting other weights in a module's place while its forward runs, and running it in float32."""
+"""Putting others in the place of what a module has while it runs, and running it in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mezo_scale.sharding import Site
 
 
-@contextmanager
-def shadowed(weights: dict[Site, Tensor]) -> Iterator[None]:
-    """``module.attr`` is the given tensor inside.
+def shadowed(weights: dict[Site, Tensor]) -> AbstractContextManager[None]:
+    """``module.attr`` is the given tensor inside."""
+    return standing_in([(site.module, site.attr, weight) for site, weight in weights.items()])
 
-    A name in an instance's ``__dict__`` is found before one in ``_parameters``, whatever FSDP, DeepSpeed or a tied
-    module keep there; taking it out restores everything.
+
+@contextmanager
+def standing_in(values: Sequence[tuple[nn.Module, str, object]]) -> Iterator[None]:
+    """``module.name`` is the given value inside.
+
+    A name in an instance's ``__dict__`` is found before one in ``_parameters`` or in its class, whatever FSDP,
+    DeepSpeed or a tied module keep there; taking it out restores everything.
     """
     missing = object()
-    saved = [(site, site.module.__dict__.get(site.attr, missing)) for site in weights]
+    saved = [(module, name, module.__dict__.get(name, missing)) for module, name, _ in values]
     try:
-        for site, weight in weights.items():
-            site.module.__dict__[site.attr] = weight
+        for module, name, value in values:
+            module.__dict__[name] = value
         yield
     finally:
-        for site, value in saved:
+        for module, name, value in saved:
             if value is missing:
-                site.module.__dict__.pop(site.attr, None)
+                module.__dict__.pop(name, None)
             else:
-                site.module.__dict__[site.attr] = value
+                module.__dict__[name] = value
 
 
 def in_float32(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -34,7 +34,7 @@ from mezo_scale.perturbation.pairing import PairingError, in_words
 from mezo_scale.perturbation.readers import Readers, Running, caller
 from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by
 from mezo_scale.perturbation.scratch import Scratch
-from mezo_scale.perturbation.substitute import in_float32, is_half
+from mezo_scale.perturbation.substitute import in_float32, is_half, standing_in
 from mezo_scale.perturbation.weights import Branch, Weights, check_rank, check_unwritten, is_lookup, is_wide, stored
 from mezo_scale.sharding import Layout, Site, discover, schemes
 
@@ -89,11 +89,6 @@ class View:
     def is_pairing(self) -> bool:
         """Whether the calls of the model under way are the two small ones that show how its rows divide."""
         return self._learning and len(self._runner.branches) > 1
-
-    @property
-    def never_ran(self) -> list[str]:
-        """Trainable parameters that nothing has read in any evaluation so far, in the model's order."""
-        return [shard.name for shard in self.layout.shards if shard.name not in self.read] if self.read else []
 
     @contextmanager
     def branches(self, branches: Sequence[Branch]) -> Iterator[None]:
@@ -227,21 +222,12 @@ class View:
     def _shadow_forward(self, module: nn.Module) -> None:
         # Inside `forward`, after the hooks that gather; an instance's own, when another library has put one there.
         original = module.forward
-        missing = object()
-        saved = module.__dict__.get("forward", missing)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._run(module, original, args, kwargs)
 
-        def restore() -> None:
-            if saved is missing:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = saved
-
         forward.__wrapped__ = original  # type: ignore[attr-defined]  # callers look at a model's signature
-        module.__dict__["forward"] = forward
-        self._opened.callback(restore)
+        self._opened.enter_context(standing_in([(module, "forward", forward)]))
 
     def _run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         begun = len(self._made)

@@ -1,12 +1,11 @@
 """What DeepSpeed's configurations in ds_configs/ say: the plan counts with the numbers that runs are given."""
 
 import json
-import sysconfig
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from mezo_scale.errors import RecipeError
+from mezo_scale.recipe.paths import BESIDE, find_beside
 
 CONFIGS = {
     ("float32", None): "ds_configs/zero3.json",
@@ -27,9 +26,8 @@ def zero3_settings(stored: str, offload: str | None) -> dict[str, Any]:
             f"zero3 has no configuration for {stored} with shards on {offload or 'devices'}: expected one of "
             f"{', '.join(CONFIGS.values())}"
         )
-    places = (Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "mezo-scale")
-    path = next((place / name for place in places if (place / name).is_file()), None)
+    path = find_beside(name)
     if path is None:
-        raise RecipeError(f"there is no {name} beside the package or in {places[1]}: install mezo-scale anew")
+        raise RecipeError(f"there is no {name} beside the package or in {BESIDE[1]}: install mezo-scale anew")
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
     return settings

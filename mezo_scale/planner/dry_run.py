@@ -38,19 +38,14 @@ from mezo_scale.trajectory import StepRecord
 SHARDS, GATHERED, SCRATCH, LOGITS, ACTIVATIONS = "shards", "gathered", "scratch", "logits", "activations"
 
 
-def can_run(strategy: Strategy, workload: Workload) -> bool:
-    """Whether there is a dry run of this step under this strategy."""
-    return strategy.can_dry_run and workload.positions == 1
-
-
 def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> tuple[Memory, int]:
     """(peak, bytes gathered) of a step on rank 0, the first step included.
 
     Raises:
         ShardingError: a process group exists already in this process.
-        ValueError: a strategy that can't be run dry.
+        ValueError: a strategy that can't be run dry, or several positions of a row.
     """
-    if not can_run(strategy, workload):
+    if not strategy.can_dry_run or workload.positions > 1:
         raise ValueError(f"{strategy.layout} with {workload} can't be run dry")
     stored, compute = getattr(torch, workload.stored(strategy)), getattr(torch, workload.dtype)
     mixed = compute if compute != stored else None
@@ -63,20 +58,17 @@ def dry_run(config: PretrainedConfig, strategy: Strategy, workload: Workload) ->
             with fake:
                 models.shard_fsdp2(model, mesh, mixed)
         autocast = strategy.autocasts and mixed is not None
+        computing = partial(torch.autocast, "cpu", compute, cache_enabled=False) if autocast else nullcontext
         storages = Storages(int(config.vocab_size))
         view = View(model, dtype=compute if autocast else None, scratch=_Scratch(storages))
         storages.watch_shards(model)
         with fake, storages:
-            gathered = _step(model, view, workload, storages, _autocast(compute) if autocast else nullcontext)
+            gathered = _step(model, view, workload, storages, computing)
     parts = storages.at_peak
     size = BYTES[workload.stored(strategy)]
     master = parts[SHARDS] - parts[SHARDS] * BYTES[workload.dtype] // size
     found = Memory(parts[SHARDS] - master, master, parts[GATHERED], parts[SCRATCH], parts[ACTIVATIONS], parts[LOGITS])
     return found, gathered
-
-
-def _autocast(dtype: torch.dtype) -> Any:
-    return partial(torch.autocast, "cpu", dtype, cache_enabled=False)
 
 
 def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages", compute: Any) -> int:
@@ -86,15 +78,7 @@ def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages"
         with compute():
             return candidates_loss(model, batch)
 
-    rows = workload.rows
-    batch = {
-        "input_ids": torch.zeros(rows, workload.tokens, dtype=torch.int64),
-        "attention_mask": torch.ones(rows, workload.tokens, dtype=torch.int64),
-        "candidate_ids": torch.zeros(rows, 2, dtype=torch.int64),
-        "label": torch.zeros(rows, dtype=torch.int64),
-    }
-    if heads.is_masked(model.config):
-        batch["mask_at"] = torch.zeros(rows, dtype=torch.int64)
+    batch = random_batch(model, workload.rows, workload.tokens)
     branches = [(branch // 2, 1e-3 if branch % 2 == 0 else -1e-3) for branch in range(workload.branches)]
     evaluator = Evaluator(model, view, paired=True)
     for _ in range(2):
@@ -105,6 +89,18 @@ def _step(model: nn.Module, view: View, workload: Workload, storages: "Storages"
     ones = (1.0,) * len(seeds)
     Writer(view.layout).apply_([StepRecord(0, seeds, ones, ones, (1.0,), 1.0)])
     return gathered
+
+
+def random_batch(model: Any, rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """What `candidates_loss` takes: random tokens, int64 [rows, tokens], and two candidates of one token each."""
+    size, generator = (rows, tokens), torch.Generator().manual_seed(seed)
+    batch = {
+        "input_ids": torch.randint(int(model.config.vocab_size), size, generator=generator),
+        "attention_mask": torch.ones(size, dtype=torch.int64),
+        "candidate_ids": torch.tensor([[1, 2]]).expand(rows, 2).contiguous(),
+        "label": torch.arange(rows) % 2,
+    }
+    return batch | ({"mask_at": torch.zeros_like(batch["label"])} if heads.is_masked(model.config) else {})
 
 
 class Storages(TorchDispatchMode):

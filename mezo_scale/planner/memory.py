@@ -96,15 +96,12 @@ def gathered_dtype(kind: str, strategy: Strategy, workload: Workload) -> str:
 def _moments(arch: Architecture, strategy: Strategy, workload: Workload, tall: int) -> Iterator[tuple[int, int, int]]:
     """(gathered, activations, logits) at each moment that may be the peak of a forward pass of `tall` rows."""
     inside = {kind: _inside(arch, strategy, workload, tall, kind) for kind in ("root", "table", "layer", "last")}
-    yield from _MOMENTS[strategy.name](arch, strategy, workload, inside)
-
-
-def _moments_whole(
-    arch: Architecture, strategy: Strategy, workload: Workload, inside: dict[str, tuple[int, int]]
-) -> Iterator[tuple[int, int, int]]:
-    """A whole model is gathered from nowhere."""
-    yield 0, *inside["layer"]
-    yield 0, *inside["last"]
+    if strategy.is_fsdp2:
+        yield from _moments_fsdp2(arch, strategy, workload, inside)
+    else:  # a whole model is gathered from nowhere
+        live = _live_zero3(arch, strategy, workload) if strategy.is_deepspeed else 0
+        yield live, *inside["layer"]
+        yield live, *inside["last"]
 
 
 def _moments_fsdp2(
@@ -129,29 +126,15 @@ def _moments_fsdp2(
     yield root + buffers[-1] + (0 if in_root else whole[-1]), *inside["last"]
 
 
-def _moments_zero3(
-    arch: Architecture, strategy: Strategy, workload: Workload, inside: dict[str, tuple[int, int]]
-) -> Iterator[tuple[int, int, int]]:
+def _live_zero3(arch: Architecture, strategy: Strategy, workload: Workload) -> int:
     """ZeRO-3 gathers parameters one after the other, as far ahead as `stage3_max_live_parameters` lets it; what came in
     one bucket is there twice while it is put together."""
     if strategy.shard == 1 and strategy.offload is None:
-        live = 0
-    else:
-        settings = zero3_settings(workload.stored(strategy), strategy.offload)
-        most = settings["stage3_max_live_parameters"] + max(owner.largest for owner in arch.owners)
-        live = min(arch.numel, most) + min(arch.numel, settings["stage3_prefetch_bucket_size"])
-    size = BYTES[workload.stored(strategy)]
-    yield live * size, *inside["layer"]
-    yield live * size, *inside["last"]
-
-
-_MOMENTS = {
-    "single": _moments_whole,
-    "ddp": _moments_whole,
-    "fsdp2": _moments_fsdp2,
-    "hsdp": _moments_fsdp2,
-    "zero3": _moments_zero3,
-}
+        return 0
+    settings = zero3_settings(workload.stored(strategy), strategy.offload)
+    most = settings["stage3_max_live_parameters"] + max(owner.largest for owner in arch.owners)
+    live: int = min(arch.numel, most) + min(arch.numel, settings["stage3_prefetch_bucket_size"])
+    return live * BYTES[workload.stored(strategy)]
 
 
 def _inside(arch: Architecture, strategy: Strategy, workload: Workload, tall: int, kind: str) -> tuple[int, int]:

@@ -150,11 +150,9 @@ def recommended(entries: list[Entry]) -> Entry | None:
 
 
 def with_dry_run(config: "PretrainedConfig", entry: Entry, workload: Workload) -> Entry:
-    """The entry with the figures of its dry run, where there is one."""
-    from mezo_scale.planner.dry_run import can_run, dry_run  # seconds to import
+    """The entry with the figures of its dry run, or a note why the model has none."""
+    from mezo_scale.planner.dry_run import dry_run  # seconds to import
 
-    if not can_run(entry.strategy, workload):
-        return entry
     try:
         dry, gathered = dry_run(config, entry.strategy, workload)
     except RuntimeError as error:  # an operation whose result's size depends on values, or that has no fake form

@@ -86,11 +86,15 @@ def seconds(
         moved.host / (rates.pcie_gb_s * 1e9),
         disk,
     )
-    layers = sum(unit.numel * unit.count for unit in arch.units if unit.kind == "layer")
-    per_token = 2 * layers + 4 * arch.layers * arch.hidden * workload.tokens
-    tokens = workload.branches * workload.rows * workload.tokens
+    flops = workload.branches * forward_flops(arch, workload.rows, workload.tokens)
     directions = -(-workload.branches // 2)
-    compute = per_token * tokens / (rates.compute_tflops * 1e12) + directions * arch.numel / (rates.noise_g_s * 1e9)
+    compute = flops / (rates.compute_tflops * 1e12) + directions * arch.numel / (rates.noise_g_s * 1e9)
     update_rate = rates.noise_g_s if strategy.offload is None else rates.cpu_noise_g_s
     update = directions * arch.numel / strategy.shard / (update_rate * 1e9)
     return Seconds(gather, compute, update + 2 * disk)  # read, changed, written
+
+
+def forward_flops(arch: Architecture, rows: int, tokens: int) -> int:
+    """Of one forward pass, by `FORMULA`: those of the layers."""
+    layers = sum(unit.numel * unit.count for unit in arch.units if unit.kind == "layer")
+    return (2 * layers + 4 * arch.layers * arch.hidden * tokens) * rows * tokens

@@ -54,7 +54,7 @@ class Report:
         arch = architecture_of(model)
         entries = plan(arch, cluster, workload, rates)
         for number, entry in enumerate(entries):
-            if dry_run is not None and entry.fits and entry.strategy.can_dry_run:
+            if dry_run is not None and entry.fits and entry.strategy.can_dry_run and workload.positions == 1:
                 from mezo_scale.models.shapes import config_of  # seconds to import
 
                 dry_run(f"dry run: {entry.strategy.layout}, stored in {workload.stored(entry.strategy)}")
@@ -84,6 +84,7 @@ class Report:
 
     def _entry_as_json(self, entry: Entry) -> dict[str, Any]:
         strategy, moved = entry.strategy, entry.traffic
+        dry = {"error": entry.dry_error, "gathered_gib_per_step": entry.dry_gathered / GIB}
         return {
             "strategy": strategy.name,
             "gpus": strategy.world_size,
@@ -105,7 +106,7 @@ class Report:
             "seconds_per_step": entry.seconds.step,
             "seconds": asdict(entry.seconds),
             "tokens_per_second": self.tokens_s(entry),
-            "dry_run": None if entry.dry is None else _dry_as_json(entry, entry.dry),
+            "dry_run": None if entry.dry is None else _memory_as_json(entry.dry) | dry,
             "note": entry.note,
             "command": self.command(entry),
         }
@@ -231,10 +232,6 @@ def _table(title: str, rows: Sequence[tuple[Mapping[str, str], bool, bool]]) -> 
     for row, fits, chosen in rows:
         table.add_row(*row.values(), style="bold" if chosen else "" if fits else "dim")
     return table
-
-
-def _dry_as_json(entry: Entry, dry: Memory) -> dict[str, Any]:
-    return _memory_as_json(dry) | {"error": entry.dry_error, "gathered_gib_per_step": entry.dry_gathered / GIB}
 
 
 def _memory_as_json(memory: Memory) -> dict[str, Any]:

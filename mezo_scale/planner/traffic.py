@@ -41,8 +41,7 @@ def traffic(arch: Architecture, strategy: Strategy, workload: Workload, gpus_per
     host = 0
     if strategy.offload is not None:
         host = shards_numel(arch, strategy) * BYTES[workload.stored(strategy)]
-    # A loss per branch, the rows, two digests of the last record, news of reads, failures; and before a forward that
-    # gathers, whether any rank has to learn a new kind of call.
+    # Beside those sums: news of reads, failures; and before a forward that gathers, whether a call is of a new kind.
     scalars = _FLOAT64 * (workload.branches + 8 + int(strategy.is_sharded)) if strategy.world_size > 1 else 0
     return Traffic(gathered, received - between, between, host, scalars)
 

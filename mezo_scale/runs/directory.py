@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +19,9 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import RECIPE_FILE, Recipe, TrainSection, dump, load
 from mezo_scale.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ADAPTER_INIT = "adapter_init"
 _Kind = TypeVar("_Kind", list[Any], dict[str, Any])
@@ -213,6 +216,14 @@ def replace_file(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        beside.replace(path)
+
+
+def replace_plot(path: Path, figure: "Figure", dpi: int) -> None:
+    """Writes a PNG that is never seen half-written. Raises RecipeError if it can't be."""
+    beside = path.with_name(path.name + ".partial")
+    with writing(path):
+        figure.savefig(beside, dpi=dpi, format="png")
         beside.replace(path)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from mezo_scale import recipe as recipes
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.runs.directory import RunDirectory
-from mezo_scale.runs.report import RESULTS, is_share, main_metric, told
+from mezo_scale.runs.report import RESULTS, is_share, main_metric, running_mean, told
 
 _PLACES = ("output.dir",)  # fields that say where a run lies, not what it is
 
@@ -76,12 +76,10 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     lines = {run: RunDirectory(run).read_metrics() for run in runs}
     if not any("loss" in line for of_run in lines.values() for line in of_run):
         raise RecipeError("--plot: no run has taken a step yet")
-    import matplotlib as mpl  # slow to import
+    from matplotlib.figure import Figure  # slow to import
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
     for run, of_run in lines.items():
         losses = [(line["step"], line["loss"]) for line in of_run if line.get("loss") is not None]
         name = main_metric(RunDirectory(run).read_evaluation().get("zero_shot", {}))
@@ -89,7 +87,7 @@ def plot(runs: Sequence[Path], path: Path) -> None:
         (drawn,) = upper.plot(*zip(*dev, strict=True) if dev else ([], []), marker="o", label=f"{run.name} ({name})")
         if losses:
             steps, values = zip(*losses, strict=True)
-            lower.plot(steps, _running_mean(values), color=drawn.get_color())
+            lower.plot(steps, running_mean(values), color=drawn.get_color())
     upper.set(ylabel="dev")
     upper.legend(fontsize="small")
     lower.set(xlabel="step", ylabel="training loss, mean of 20 steps")
@@ -97,8 +95,6 @@ def plot(runs: Sequence[Path], path: Path) -> None:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
         raise RecipeError(f"--plot: {path} can't be written: {error.strerror}") from None
-    finally:
-        plt.close(figure)
 
 
 def _entry(run: Path) -> dict[str, Any]:
@@ -141,7 +137,3 @@ def _cell(entry: Mapping[str, Any], name: str) -> str:
     if name in ("zero_shot", "dev", "tuned"):
         return told(value, entry["bounded"])
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _running_mean(values: Sequence[float], width: int = 20) -> list[float]:
-    return [sum(values[max(0, n + 1 - width) : n + 1]) / min(n + 1, width) for n in range(len(values))]

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from mezo_scale.recipe import Recipe
-from mezo_scale.runs.directory import RunDirectory, replace_file, writing
+from mezo_scale.runs.directory import RunDirectory, replace_file, replace_plot
 from mezo_scale.runs.learning import estimator_of
 from mezo_scale.runs.memory import MEANING
 from mezo_scale.tasks.score import interval_key
@@ -104,8 +104,7 @@ def write_report(
     Raises:
         RecipeError: they can't be written.
     """
-    with writing(run.plot):
-        _plot(run, results)
+    _plot(run, results)
     estimator = estimator_of(recipe)
     steps = [line for line in run.read_metrics() if "loss" in line]
     seconds = sorted(line["seconds"] for line in steps)
@@ -149,7 +148,7 @@ def write_results(
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """`results_table` as the lines of a table."""
+    """The lines of a table; the first row names the columns."""
     header, *others = rows
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in others)]
 
@@ -198,19 +197,18 @@ def _explanations(results: Mapping[str, Any]) -> list[str]:
 
 
 def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
-    import matplotlib as mpl  # slow to import
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
 
     lines, main = run.read_metrics(), main_metric(results["tuned"])
     called = main.replace("_", " ")
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     dev = [(line["step"], line[f"dev_{main}"]) for line in lines if line.get(f"dev_{main}") is not None]
-    figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left = figure.subplots()
     if steps:
-        left.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
-        left.plot(*zip(*_smooth(steps), strict=True), color="tab:blue", label="training loss, mean of 20 steps")
+        numbers, losses = zip(*steps, strict=True)
+        left.plot(numbers, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        left.plot(numbers, running_mean(losses), color="tab:blue", label="training loss, mean of 20 steps")
     left.set(xlabel="step", ylabel="loss")
     right = left.twinx()
     if dev:
@@ -224,15 +222,9 @@ def _plot(run: RunDirectory, results: Mapping[str, Any]) -> None:
         right.set(ylim=(0, 1))
     handles = [artist for axes in (left, right) for artist in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")
-    beside = run.plot.with_name(run.plot.name + ".partial")
-    figure.savefig(beside, dpi=150, format="png")
-    beside.replace(run.plot)
-    plt.close(figure)
+    replace_plot(run.plot, figure, dpi=150)
 
 
-def _smooth(points: list[tuple[int, float]], width: int = 20) -> list[tuple[int, float]]:
-    values = [value for _, value in points]
-    return [
-        (step, sum(values[max(0, n + 1 - width) : n + 1]) / len(values[max(0, n + 1 - width) : n + 1]))
-        for n, (step, _) in enumerate(points)
-    ]
+def running_mean(values: Sequence[float], width: int = 20) -> list[float]:
+    """Of each value and those before it, as many as there are up to `width`."""
+    return [sum(values[max(0, n + 1 - width) : n + 1]) / min(n + 1, width) for n in range(len(values))]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mezo_scale.noise.cpu_jit import I64, sweep, u64
+from mezo_scale.noise.cpu_jit import I64, memory_of, sweep, u64
 from mezo_scale.sharding.shard import Runs
 
 WEYL, FACTOR = u64(0x9E3779B97F4A7C15), u64(0xBF58476D1CE4E5B9)  # those of `digest`; a test compares the two
@@ -17,7 +16,7 @@ WEYL, FACTOR = u64(0x9E3779B97F4A7C15), u64(0xBF58476D1CE4E5B9)  # those of `dig
 
 def total(bits: torch.Tensor, runs: Runs, salt: int) -> int:
     """The sum over the elements that the runs name, modulo 2^64; `bits` are integers on the CPU."""
-    return int(_sum(_words(bits), np.ascontiguousarray(runs), u64(salt % 2**64)))
+    return int(_sum(memory_of(bits, f"i{bits.element_size()}"), np.ascontiguousarray(runs), u64(salt % 2**64)))
 
 
 @sweep
@@ -30,10 +29,3 @@ def _sum(words: npt.NDArray[Any], runs: I64, salt: u64) -> u64:
             mixed = np.int64(u64(mixed ^ (mixed >> 29)) * FACTOR)
             total += u64(mixed ^ (mixed >> 32))
     return total
-
-
-def _words(bits: torch.Tensor) -> npt.NDArray[Any]:
-    """Its memory. Not through Tensor.numpy(), which fixes a storage's size: FSDP frees weights by resizing theirs."""
-    kind = f"=i{bits.element_size()}"
-    interface = {"version": 3, "typestr": kind, "shape": (bits.numel(),), "data": (bits.data_ptr(), False)}
-    return np.asarray(SimpleNamespace(__array_interface__=interface))

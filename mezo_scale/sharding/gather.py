@@ -58,7 +58,8 @@ class Gather:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
-        self._sizes = _everyones([_sizes(shard) for shard in shards])
+        mine = np.array([_sizes(shard) for shard in shards], np.int64).reshape(-1, 3)
+        self._sizes = collectives.gather_table(mine).transpose(1, 0, 2).tolist()
         for shard, sizes in zip(shards, self._sizes, strict=True):
             count = sum(held for _, _, held in sizes)
             if count != shard.numel:
@@ -110,14 +111,3 @@ def _sent(shard: Shard, source: int, count: int, extent: int) -> tuple[Runs, tor
     dist.broadcast(runs, source)
     dist.broadcast(part.view(torch.uint8), source)  # as bytes: not every backend knows every dtype
     return runs.cpu().numpy(), part
-
-
-def _everyones(sizes: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    """Per parameter, what each rank has said of it."""
-    mine = torch.tensor(sizes, dtype=torch.int64).view(-1, 3)
-    if not collectives.is_distributed():
-        return [[tuple(row)] for row in mine.tolist()]
-    device = collectives.device()
-    ranks = torch.empty(dist.get_world_size(), *mine.shape, dtype=torch.int64, device=device)
-    dist.all_gather(list(ranks.unbind()), mine.to(device))
-    return [[tuple(row) for row in rows] for rows in ranks.transpose(0, 1).tolist()]

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed as dist
 
 from mezo_scale import collectives
 from mezo_scale.errors import RankError
@@ -38,7 +36,8 @@ def compare(shards: Sequence[Shard], frozen: Iterable[Shard], step: int) -> None
     every = [*shards, *(shard for shard in frozen if _can_be_hashed(shard))]
     if not collectives.max_integer(max((shard.replica for shard in every), default=0)):
         return
-    everyone = _gathered(np.array([(_place(shard), shard.replica, shard_hash(shard)) for shard in every], np.int64))
+    mine = [(_place(shard), shard.replica, shard_hash(shard)) for shard in every]
+    everyone = collectives.gather_table(np.array(mine, np.int64))
     odd, certain = set(), True
     first = None
     for number, shard in enumerate(every):
@@ -57,14 +56,6 @@ def _can_be_hashed(shard: Shard) -> bool:
 def _place(shard: Shard) -> int:
     """Which elements they are: the same number on ranks that store the same ones."""
     return signed(shard.param_id ^ zlib.crc32(np.sort(shard.runs[:, 1:], axis=0).tobytes()))
-
-
-def _gathered(mine: _Table) -> _Table:
-    here = torch.from_numpy(mine).to(collectives.device())
-    everyone = torch.empty(collectives.world_size(), *mine.shape, dtype=torch.int64, device=here.device)
-    dist.all_gather(list(everyone.unbind()), here)
-    table: _Table = everyone.cpu().numpy()
-    return table
 
 
 def _odd(rows: _Table) -> tuple[set[int], bool]:

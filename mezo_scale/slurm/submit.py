@@ -17,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -31,6 +30,7 @@ from mezo_scale import recipe as recipes
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import LaunchError, RecipeError
 from mezo_scale.recipe import Recipe
+from mezo_scale.recipe.paths import BESIDE, find_beside
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.slurm import commands
 
@@ -283,12 +283,11 @@ def _fill(template: str, folder: Path, directives: Mapping[str, str], resources:
 
 def _launch_scripts() -> Path:
     """The folder of the launch scripts: beside the package in a checkout, else where it was installed."""
-    installed = Path(sysconfig.get_path("data")) / "share" / "mezo-scale" / "launch"
-    places = (Path(__file__).parents[2] / "launch", installed)
-    found = next((place for place in places if (place / _SINGLE).is_file()), None)
+    found = find_beside(f"launch/{_SINGLE}")
     if found is None:
-        raise LaunchError(f"the launch scripts are not there, expected them in {' or '.join(map(str, places))}")
-    return found
+        places = " or ".join(str(place / "launch") for place in BESIDE)
+        raise LaunchError(f"the launch scripts are not there, expected them in {places}")
+    return found.parent
 
 
 def _describe(runs: tuple[str, ...], diff: Path) -> Job:

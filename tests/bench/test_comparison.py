@@ -16,7 +16,7 @@ import yaml
 
 from mezo_scale.bench import comparing, comparison, comparison_report
 from mezo_scale.bench.comparison import Cell
-from mezo_scale.errors import MezoError, RecipeError
+from mezo_scale.errors import LaunchError, MezoError, RecipeError
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.session import train
 
@@ -94,6 +94,11 @@ def test_an_override_holds_for_every_method_that_looks_at_it(tmp_path: Path, tre
     [
         ({"compare": None}, "has no section compare"),
         ({"compare": {"methods": {}}}, "compare: methods"),
+        (
+            {"compare": {"methods": {"a": {}}, "seeds": []}},
+            "compare: seeds: found [] (a list), expected at least 1 item",
+        ),
+        ({"compare": {"methods": {"a": {"optimizer": {"lr": []}}}}}, "optimizer.lr: found [] (a list), expected a"),
         ({"compare": {"methods": {"a/b": {}}}}, "expected a name of letters"),
         ({"compare": {"methods": {"a": {"lr": 3}}}}, "compare.methods.a.lr: found '3', expected sections of a recipe"),
         ({"compare": {"methods": {"a": {"output": {"dir": "x"}}}}}, "each run has its folder in output.dir"),
@@ -116,6 +121,81 @@ def test_a_wrong_file_is_refused_in_one_line(
         comparison.load(write(tmp_path, {name: found for name, found in (tree | change).items() if found is not None}))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_comparison_that_there_is_not_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"no file nowhere: give a comparison \(YAML\), or one of opt, opt-written, rob"
+    ):
+        comparison.load("nowhere")
+
+
+@pytest.mark.parametrize(
+    "methods", [{"a-seed0": METHODS["probe"], "a": {}}, {"a": {"optimizer": {"lr": [0.1, 0.1 + 1e-9]}}}]
+)
+def test_two_runs_are_given_no_folder_in_common(tmp_path: Path, tree: dict[str, Any], methods: dict[str, Any]) -> None:
+    tree["compare"]["methods"] = methods
+    with pytest.raises(
+        RecipeError, match=r"compare.yaml: two runs would be called a-.*seed0: give methods other names"
+    ):
+        comparison.load(write(tmp_path, tree))
+
+
+def test_a_folder_that_cannot_be_made_stops_all(tmp_path: Path, tree: dict[str, Any]) -> None:
+    (tmp_path / "logs").touch()
+    for out, why in ((tmp_path, "File exists"), (tmp_path / "logs" / "in it", "Not a directory")):
+        asked = comparison.load(write(tmp_path, tree), [f"output.dir={out}"])
+        with pytest.raises(RecipeError, match=rf"^output.dir: {out}/logs can't be made \({why}\)$"):
+            comparing.run(asked, start=start)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"mezo-seed0": 3}'])
+def test_damaged_reasons_are_refused(tmp_path: Path, tree: dict[str, Any], text: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / comparing.FAILED).write_text(text)
+    with pytest.raises(RecipeError, match=r"failed.json is damaged: take it away, and what failed is run again"):
+        comparing.run(comparison.load(write(tmp_path, tree)), start=start)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != "logs"] == [comparing.FAILED]
+
+
+def test_a_launcher_around_a_comparison_is_refused(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(LaunchError, match="started 2 processes, but a comparison starts the ranks of each run itself"):
+        comparing.run(comparison.load(write(tmp_path, tree)), start=start)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "reason"),
+    [
+        ("all is well", 0, None),
+        ("[rank0]: error: too few examples\nerror: another", 2, "too few examples"),
+        ("", -9, "killed by SIGKILL (out of memory, if the kernel did it)"),
+        ("Traceback", 1, r"ended with exit code 1, see .*/x.log"),
+    ],
+)
+def test_the_reason_of_a_run_is_its_own_error_or_how_it_ended(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, said: str, code: int, reason: str | None
+) -> None:
+    def launched(command: list[str], log: Path) -> int:
+        assert command[-3:] == [str(cell.recipe.directory), "--processes", "2"]
+        log.write_text(said)
+        return code
+
+    monkeypatch.setattr(comparing, "launched", launched)
+    cell, *_ = comparison.load(write(tmp_path, tree)).cells
+    found = comparing.launch(cell, tmp_path / "x.log", 2)
+    assert found == reason or (reason is not None and re.fullmatch(reason, found or ""))
+
+
+def test_a_run_that_ends_without_a_result_has_failed(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["compare"] = {"methods": {"zero-shot": METHODS["zero-shot"]}}
+    del tree["train"]
+    failed = comparing.run(comparison.load(write(tmp_path, tree)), start=lambda cell, log, processes: None)
+    assert failed == {"zero-shot": f"ended without a result, see {tmp_path / 'out' / 'logs' / 'zero-shot.log'}"}
 
 
 def test_stopped_and_gone_on_it_comes_to_the_same_table(tmp_path: Path, tree: dict[str, Any]) -> None:

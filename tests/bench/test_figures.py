@@ -146,3 +146,6 @@ def test_rates_are_measured_on_gpus_alone_and_given_to_the_plan(tmp_path: Path) 
         "inside_gb_s": pytest.approx(4 * 7_087_872 / 2 / 1e-3 / 1e9),
     }
     assert "mezo-scale plan --gpus 1,2,4..64 --rate compute_tflops=" in report.write(rows, tmp_path).read_text()
+    for one in rows:
+        one["cell"]["model"] = "./gone"  # or one that the planner has no arithmetic for
+    assert list(rates(frame(rows))) == ["inside_gb_s"]

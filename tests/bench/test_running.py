@@ -167,6 +167,15 @@ def test_more_ranks_than_gpus_and_a_launcher_around_a_sweep_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "in it"):
+        with pytest.raises(
+            RecipeError, match=rf"^--out: {out} can't be made \(Not a directory\): give another folder$"
+        ):
+            running.run(cells(1), out, HERE)
+
+
 def sweep_file(folder: Path, **tree: object) -> Path:
     model = write_model("llama", folder / "llama")
     path = folder / "sweep.yaml"

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from mezo_scale.errors import ModelError, RecipeError
-from mezo_scale.models.shapes import SHAPES, config_of, hub_name, skeleton
+from mezo_scale.models.shapes import SHAPES, config_of, skeleton
 
 PARAMETERS = {  # tied tables once, as the models' cards and checkpoints count them
     "opt-125m": 125_239_296,
@@ -49,8 +49,6 @@ def test_a_shape_has_the_parameters_of_the_published_model(name: str) -> None:
 def test_a_model_may_be_called_as_on_the_hub() -> None:
     assert config_of("facebook/opt-66b").to_dict() == config_of("OPT-66B").to_dict()
     assert config_of("random:opt-66b").to_dict() == config_of("opt-66b").to_dict()
-    assert hub_name("OPT-66B") == "facebook/opt-66b"
-    assert hub_name("somebody/else") == "somebody/else"
 
 
 def test_a_folder_or_its_configuration_will_do(tmp_path: pathlib.Path) -> None:
