@@ -115,6 +115,7 @@ def _serve(order: Fork, calls: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         gc.collect()  # sharded models are full of cycles, and hold process groups
+        gc.freeze()  # anew: a session's end unfreezes all
         sys.stdout.flush()
         calls.send_bytes(answer)
 
