@@ -43,11 +43,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: slow[item.path])
 
 
+_unfreeze, _thawed = gc.unfreeze, []
+
+
+def pytest_configure() -> None:
+    """Notes that a session has ended, which unfreezes all: to count what is frozen takes as long as a small test."""
+
+    def unfreeze() -> None:
+        _unfreeze()
+        _thawed.append(True)
+
+    gc.unfreeze = unfreeze
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: a collection, of which sessions make many, need not walk it each time."""
     gc.collect()
     gc.freeze()
 
 
+def pytest_runtest_logfinish() -> None:
+    if _thawed:
+        _thawed.clear()
+        pytest_collection_finish()
+
+
 def pytest_unconfigure() -> None:
+    gc.unfreeze = _unfreeze
     gc.unfreeze()  # or nanobind takes what is never collected for leaks, and says so

@@ -111,7 +111,9 @@ def _import_everything() -> None:
 
     import mezo_scale.cli
     import mezo_scale.runs.session  # noqa: F401
+    from tools import compile_kernels
 
+    compile_kernels.main()
     gc.collect()
     gc.freeze()  # a run collects between its phases: of what was imported a fork would have to copy every page
 

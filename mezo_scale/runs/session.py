@@ -63,13 +63,14 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
         check_same_reward(kind, world)
         world.check_shared(run.path)
         if method != "mezo":
-            methods.carry_out(recipe, world, run, kind, splits, fit)
+            with collecting_only_new_garbage():
+                methods.carry_out(recipe, world, run, kind, splits, fit)
             return
         trainer = Trainer(recipe, world, run, kind, splits)
-        if dry_run:
-            trainer.rehearse(max_integer(done))
-        else:
-            with collecting_only_new_garbage():
+        with collecting_only_new_garbage():
+            if dry_run:
+                trainer.rehearse(max_integer(done))
+            else:
                 trainer.go(max_integer(done))
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 
 import pytest
 
@@ -44,7 +45,6 @@ def losses(run: pathlib.Path) -> list[float]:
 @pytest.mark.parametrize(
     ("script", "arguments", "launcher", "strategy"),
     [
-        ("torchrun.sh", (), "torchrun", "fsdp2"),
         ("torchrun_multinode.sh", ("localhost",), "torchrun", "hsdp"),
         ("deepspeed.sh", (), "deepspeed", "zero3"),
         ("accelerate.sh", (), "accelerate launch", "fsdp2"),
@@ -88,6 +88,7 @@ def test_a_signal_to_the_launcher_ends_the_step_and_the_run_goes_on(
     run = tmp_path / "run"
     command = (FOLDER / "torchrun.sh", recipe, f"output.dir={run}")
     running = launch.start(*command, "train.steps=2000", env={"PROCESSES": "2"})
+    running.await_output("started by torchrun: 2 processes, rendezvous at ")
     running.await_output("step 20/2000")
     running.send(signal.SIGUSR1)
     finished = running.wait(60)
@@ -106,21 +107,29 @@ def by_hand(rank: int, port: str) -> dict[str, str]:
     return variables | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "JOIN_TIMEOUT_S": "3"}
 
 
-def test_a_port_that_is_taken_is_one_line(launch: Launch, recipe: pathlib.Path) -> None:
+def test_a_port_that_is_taken_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]], recipe: pathlib.Path
+) -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        finished = launch("mezo-scale", "train", recipe, env=by_hand(0, str(port)))
-    assert finished.code == 2
-    assert f"the port of the rendezvous at localhost:{port} is taken, by an earlier run perhaps" in finished.output
-    assert "Traceback" not in finished.output
+        for name, value in by_hand(0, str(port)).items():
+            monkeypatch.setenv(name, value)
+        code, out, err = run("train", recipe)
+    assert code == 2
+    assert f"the port of the rendezvous at localhost:{port} is taken, by an earlier run perhaps" in err
+    assert "Traceback" not in out + err
 
 
-def test_a_rendezvous_where_nobody_is_ends_in_time(launch: Launch, recipe: pathlib.Path) -> None:
+def test_a_rendezvous_where_nobody_is_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]], recipe: pathlib.Path
+) -> None:
     port = free_port()
-    finished = launch("mezo-scale", "train", recipe, env=by_hand(1, port), timeout_s=90)
-    assert finished.code == 2
-    assert f"(rank 1) can't reach the rendezvous at localhost:{port} within 3 s" in finished.output
-    assert "Traceback" not in finished.output
+    for name, value in by_hand(1, port).items():
+        monkeypatch.setenv(name, value)
+    code, out, err = run("train", recipe)
+    assert code == 2
+    assert f"(rank 1) can't reach the rendezvous at localhost:{port} within 3 s" in err
+    assert "Traceback" not in out + err
 
 
 def test_a_script_without_a_recipe_says_how_it_is_used() -> None:

@@ -77,7 +77,8 @@ def look(cell: Cell, folder: pathlib.Path) -> Outcome:
     outcome.misplaced = misplaced(sharded.model, plain)
 
     # the perturbed view
-    with torch.no_grad(), ms.perturbed(sharded.model, BRANCHES):
+    view = ms.View(sharded.model)
+    with view.branches(BRANCHES):
         found = objective(sharded.model, repeated(batch, len(BRANCHES)))
     outcome.view_difference = difference(found, torch.cat([losses(branch, batch) for branch in BRANCHES]))
     with torch.no_grad(), ms.perturbed(sharded.model, BRANCHES[2:]):
@@ -85,9 +86,8 @@ def look(cell: Cell, folder: pathlib.Path) -> Outcome:
     outcome.single_difference = difference(found, losses(BRANCHES[2], batch))
 
     # a hundred evaluations write nothing
-    view = ms.View(sharded.model)
-    for number in range(5):
-        branches = [(10 * number + k, scale) for k in range(10) for scale in (EPS, -EPS)]
+    for number in range(2):
+        branches = [(25 * number + k, scale) for k in range(25) for scale in (EPS, -EPS)]
         with view.branches(branches):
             objective(sharded.model, repeated(batch, len(branches)))
     outcome.changed_by_evaluations = unequal(sharded.gather(), plain)
@@ -203,6 +203,9 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 
 FAMILIES = ("opt", "gpt2", "llama", "mixtral", "bert", "t5")
+# Which modules a family has, and who reads which weight, it asks of a layout on any number of ranks. How many they are
+# decides how sizes divide: without rest, unevenly, with empty parts, as whole experts of three dimensions.
+DIVIDED = ("opt", "mixtral")
 SIZES = {
     "plain": (1, 2),
     "fsdp2": (1, 2, 3, 4),
@@ -217,8 +220,7 @@ CELLS = [
         Cell(layout, name, size)
         for layout, sizes in SIZES.items()
         for size in sizes
-        for name in (FAMILIES if size < 4 else ("opt", "llama", "mixtral"))  # four ranks are dear on two cores
-        if (layout, name, size) != ("zero3", "t5", 3)  # a quarter of a minute, for which two ranks show the same
+        for name in (FAMILIES if size == 2 else DIVIDED)
     ),
     *(Cell(f"fsdp2-{option}", "llama", 2) for option in ("kept", "default", "two", "offload", "mixed")),
     *(Cell("zero3-persisted", name, size) for name, size in (("opt", 2), ("opt", 3), ("t5", 2))),
@@ -306,15 +308,10 @@ def test_ranks_with_different_hash_seeds_agree_on_every_bit(outcomes: Outcomes, 
     assert len({outcome.digest for outcome in outcomes[cell]}) == 1
 
 
-REPEATED_CELLS = [Cell("plain", "t5", 1), Cell("fsdp2", "opt", 2), Cell("zero3", "mixtral", 2)]
+REPEATED_CELLS = [Cell("plain", "opt", 1), Cell("fsdp2", "opt", 2), Cell("zero3", "mixtral", 2)]
 
 
-@pytest.mark.parametrize("cell", REPEATED_CELLS, ids=str)
-def test_the_hash_seed_changes_nothing(ranks: Ranks, tmp_path: pathlib.Path, cell: Cell) -> None:
-    digests = set()
-    for first in (0, 1):
-        folder = tmp_path / str(first)
-        folder.mkdir()
-        outcomes = ranks(cell.world_size, look, first=first, cell=cell, folder=folder)
-        digests |= {outcome.digest for outcome in outcomes}
-    assert len(digests) == 1
+@pytest.mark.parametrize("again", REPEATED_CELLS, ids=str)
+def test_the_hash_seed_changes_nothing(outcomes: Outcomes, ranks: Ranks, tmp_path: pathlib.Path, again: Cell) -> None:
+    others = ranks(again.world_size, look, first=1, cell=again, folder=tmp_path)  # in other interpreters
+    assert {outcome.digest for outcome in others} == {outcome.digest for outcome in outcomes[again]}

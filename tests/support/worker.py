@@ -1,8 +1,8 @@
 """The processes behind `pool.Ranks`: a nursery per rank forks a worker per world.
 
-A nursery pays for the imports once and starts no thread, so a fork of it is a ready worker in milliseconds. One nursery
-per rank, because a hash seed belongs to an interpreter and every rank shall have its own. Both end when the test
-process does: a nursery reads end-of-file, kills its workers by their ids and leaves.
+A nursery pays for imports and kernels once and starts no thread, so a fork of it is a ready worker in milliseconds.
+One nursery per rank, because a hash seed belongs to an interpreter and every rank shall have its own. Both end when the
+test process does: a nursery reads end-of-file, kills its workers by their ids and leaves.
 
 Run by the pool as: python -m tests.support.worker CONTROL_FD
 """
@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import faulthandler
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -21,6 +22,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
 COLLECTIVE_TIMEOUT_S = 60
+NEEDED = (
+    "matplotlib.pyplot",
+    "mezo_scale.runs.publish",
+    "mezo_scale.runs.session",
+    "mezo_scale.runs.verify",
+    "pytest",
+    "tests.support.layouts",
+    "tests.support.models",
+    "torch.utils.tensorboard",
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,7 @@ class Kill:
 
 
 def nursery(control: Connection) -> None:
-    import mezo_scale.runs.session  # noqa: F401  for the imports
-    import tests.support.layouts
-    import tests.support.models  # noqa: F401
-
+    _prepare()
     gc.collect()
     gc.freeze()  # a worker collects after each call, and a session often: to walk all that is imported takes 0.3 s
     children: set[int] = set()
@@ -74,6 +82,15 @@ def nursery(control: Connection) -> None:
         os._exit(0)  # taking down an interpreter this full takes seconds
 
 
+def _prepare() -> None:
+    """Import and load what every worker of every world would otherwise import and load in its first call."""
+    for name in NEEDED:
+        importlib.import_module(name)
+    from tools import compile_kernels
+
+    compile_kernels.main()
+
+
 def _serve(order: Fork, calls: Connection) -> None:
     """Answer (function, kwargs) with (True, result) or (False, traceback) until the pool hangs up."""
     with open(order.log, "wb", buffering=0) as log:
@@ -98,6 +115,7 @@ def _serve(order: Fork, calls: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         gc.collect()  # sharded models are full of cycles, and hold process groups
+        gc.freeze()  # anew: a session's end unfreezes all
         sys.stdout.flush()
         calls.send_bytes(answer)
 
