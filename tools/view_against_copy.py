@@ -119,8 +119,7 @@ def compare(model: nn.Module, batch: Batch, right: Tensor) -> Comparison:
         one = torch.cat([_evaluate(view, [branch], model, batch) for branch in BRANCHES])
     except MezoError as error:
         return Comparison(None, None, str(error))
-    error_one = _error(one, right)
-    unread = [shard.name for shard in view.layout.shards if shard.name not in view.read]
+    error_one, unread = _error(one, right), view.never_ran
     try:
         paired = _evaluate(View(model), BRANCHES, model, batch)
     except Exception as error:  # as MeZO: whatever a tall batch raises is a reason to evaluate one branch at a time

@@ -90,6 +90,11 @@ class View:
         """Whether the calls of the model under way are the two small ones that show how its rows divide."""
         return self._learning and len(self._runner.branches) > 1
 
+    @property
+    def never_ran(self) -> list[str]:
+        """Trainable parameters that nothing has read in any evaluation so far, in the model's order."""
+        return [shard.name for shard in self.layout.shards if shard.name not in self.read] if self.read else []
+
     @contextmanager
     def branches(self, branches: Sequence[Branch]) -> Iterator[None]:
         """The view, open: see `perturbed`."""
