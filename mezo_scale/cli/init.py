@@ -20,6 +20,10 @@ def init(
     target: Annotated[
         str | None, typer.Option(help="The column that is to be learned; default: the one that looks like it.")
     ] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(help="What each label means, in the order of the labels, such as `ham,spam` for 0 and 1."),
+    ] = None,
 ) -> None:
     """Write a first recipe for a model and your data: commented, checked, its sizes from the data and the planner."""
     if out.exists():
@@ -28,7 +32,7 @@ def init(
     from mezo_scale.runs.first_recipe import first_recipe  # seconds to import
 
     silence_transformers()
-    text, about = first_recipe(model, data, target)
+    text, about = first_recipe(model, data, target, None if words is None else words.split(","))
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:

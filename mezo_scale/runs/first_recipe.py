@@ -18,6 +18,7 @@ from mezo_scale.models import checkpoints, heads
 from mezo_scale.planner import GIB, Architecture, Cluster, Workload, architecture, plan, recommended
 from mezo_scale.planner.command import overrides
 from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.encoding import common_prefix
 from mezo_scale.tasks.rows import column, read_parts
 from mezo_scale.tasks.tables import Row, shown
 
@@ -39,12 +40,14 @@ class _Guess:
 
     Attributes:
         labels: how many labels each step is to have in equal number; None: its rows come as they are.
+        numbers: the labels, where they are chosen by their numbers.
     """
 
     fields: Mapping[str, Any]
     remarks: Mapping[str, str]
     about: str
     labels: int | None = None
+    numbers: Sequence[Any] = ()
 
     @property
     def batch_size(self) -> int:
@@ -52,15 +55,19 @@ class _Guess:
         return _BATCH if self.labels is None else self.labels * max(1, _BATCH // self.labels)
 
 
-def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str, str]:
-    """A recipe as YAML with comments, checked as for a run, and what it is in a line.
+def first_recipe(
+    model: str, data: str, target: str | None = None, words: Sequence[str] | None = None
+) -> tuple[str, str]:
+    """A recipe as YAML with comments, checked as for a run, and what it is in a line or two.
 
     Args:
         model, data: as a recipe names them.
         target: the column that is to be learned; None: the one that looks like it.
+        words: what each of its labels means, in their order; None: the labels themselves.
 
     Raises:
-        RecipeError, ModelError: the model or the data can't be read, or it can't be told what is to be learned.
+        RecipeError, ModelError: the model or the data can't be read, it can't be told what is to be learned, or there
+            are not as many words as labels.
     """
     config = checkpoints.find(model)
     if heads.is_image(config):
@@ -71,9 +78,11 @@ def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str,
     arch = architecture(config)
     parts = read_parts(TaskSection(name="choice", data=data))
     masked = heads.is_masked(config)
-    guess = _guess([row for rows in parts.values() for row in rows], target, " {mask}" if masked else "")
+    guess = _guess([row for rows in parts.values() for row in rows], target, " {mask}" if masked else "", words)
     task = {**guess.fields, "data": data}
     tasks.posed_to(TaskSection(**task), masked)
+    if "candidates" in task and not masked:
+        task = _told_apart_at_once(task, model)
     sizes = _sizes(TaskSection(**task, max_length=2**30))
     length = _length(TaskSection(**task, max_length=2**30), model, config)
     spread = _spread(model, arch, length, guess.batch_size)
@@ -81,13 +90,20 @@ def first_recipe(model: str, data: str, target: str | None = None) -> tuple[str,
     checked = recipes.parse(yaml.safe_load(text))
     tasks.load(checked.task)
     counts = f"{sizes['train']:,} examples to train on, {sizes['dev']:,} for dev, {sizes['test']:,} to be graded by"
-    return text, f"{guess.about}; {counts}; {arch.numel:,} parameters, {checked.sharding.strategy}"
+    about = f"{guess.about}; {counts}; {arch.numel:,} parameters, {checked.sharding.strategy}"
+    if guess.numbers:
+        about += (
+            f"\nthe labels are numbers, {', '.join(map(str, guess.numbers))}, which say nothing to a model: it learns "
+            "far sooner from words, one for each in this order, as in --words ham,spam"
+        )
+    return text, about
 
 
-def _guess(rows: Sequence[Row], target: str | None, gap: str) -> _Guess:
+def _guess(rows: Sequence[Row], target: str | None, gap: str, words: Sequence[str] | None) -> _Guess:
     """gap: what ends a prompt whose answer is chosen."""
     columns = list(rows[0].fields)
     if target is None and "messages" in columns:
+        _check_words(words, "messages", None)
         return _Guess({"name": "chat"}, {}, "chats: the assistant's last turn is learned")
     name = target if target is not None else _named(columns, _LABELS) or _few_valued(rows) or _named(columns, _ANSWERS)
     if name is None:
@@ -100,15 +116,16 @@ def _guess(rows: Sequence[Row], target: str | None, gap: str) -> _Guess:
         raise RecipeError(f"task.data: besides {name} no column has text, expected one to ask about")
     prompt = "\n".join(f"{{{text}}}" for text in given)
     classes = _classes(values)
+    _check_words(words, name, classes)
     if classes is None:
         task: dict[str, Any] = {"name": "answer", "template": f"{prompt}\nAnswer:", "answer_column": name}
         remarks = {"template": "the prompt; the answer follows after a space"}
         return _Guess(task, remarks, f"the texts in {name} are learned, after {', '.join(given)}")
-    numbered = all(isinstance(value, int) or str(value).isdecimal() for value in classes)
+    numbered = words is None and all(isinstance(value, int) or str(value).isdecimal() for value in classes)
     task = {
         "name": "choice",
         "template": f"{prompt}\n{name.replace('_', ' ').capitalize()}:{gap}",
-        "candidates": [f" {value}" for value in classes],
+        "candidates": [f" {str(word).strip()}" for word in words or classes],
         "label_column": name,
         "labels": [str(value) for value in classes],
     }
@@ -122,7 +139,42 @@ def _guess(rows: Sequence[Row], target: str | None, gap: str) -> _Guess:
         remarks["metric"] = f"the mean over the labels: one of them has {share:.0%} of the rows"
     balanced = min(counts.values()) >= _LEAST_OF_A_LABEL
     about = f"{name} is learned, one of {len(classes)}, after {', '.join(given)}"
-    return _Guess(task, remarks, about, len(classes) if balanced else None)
+    return _Guess(task, remarks, about, len(classes) if balanced else None, classes if numbered else ())
+
+
+def _check_words(words: Sequence[str] | None, name: str, classes: Sequence[Any] | None) -> None:
+    """Raises RecipeError unless there is a word for each class, or none at all."""
+    if words is None:
+        return
+    if classes is None:
+        raise RecipeError(f"--words is {','.join(words)}, but what is learned from {name} are texts: leave it out")
+    if len(words) != len(classes) or len({word.strip() for word in words} - {""}) < len(words):
+        raise RecipeError(
+            f"--words is {','.join(words)}, expected {len(classes)} different ones with commas between them, for the "
+            f"values of {name} in this order: {', '.join(map(str, classes))}"
+        )
+
+
+def _told_apart_at_once(task: dict[str, Any], model: str) -> dict[str, Any]:
+    """The task, with the space before its candidates in the prompt if all of them begin with a token for it alone.
+
+    So do numbers in many tokenizers: two tokens where one would do, one of them always the same, so that each candidate
+    is run by itself and half of what tells them apart is averaged away.
+    """
+    closer = {
+        **task,
+        "template": f"{task['template']} ",
+        "candidates": [candidate.lstrip() for candidate in task["candidates"]],
+    }
+    processor = checkpoints.load_processor(model)
+
+    def alike(fields: Mapping[str, Any]) -> int:
+        """Tokens that all candidates begin with."""
+        section = TaskSection(**fields, max_length=2**30)
+        kind, example = tasks.kind_of(section, processor), next(iter(tasks.examples(section).values()))[0]
+        return common_prefix(kind.scored(kind.encode(example)))
+
+    return closer if alike(task) and not alike(closer) else task
 
 
 def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:

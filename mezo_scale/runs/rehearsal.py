@@ -15,7 +15,7 @@ from mezo_scale.runs.console import Screen
 from mezo_scale.runs.memory import INFERENCE, LOADING, PhaseMemory
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Kind
-from mezo_scale.tasks.encoding import Batch
+from mezo_scale.tasks.encoding import Batch, common_prefix
 from mezo_scale.tasks.kinds.kind import Objective
 
 _SHOWN = 2  # examples
@@ -96,6 +96,12 @@ def _show_data(recipe: Recipe, kind: Kind[Any, Any], splits: EncodedSplits, scre
         screen.say(f"--- training example {number} ---")
         for line in _lines(example):
             screen.say(line)
+    answers = kind.scored(splits.train[0]) if splits.train else []
+    if len(answers) > 1 and (alike := common_prefix(answers)):
+        screen.say(
+            f"the answers begin alike: {alike} of the {len(answers[0])} tokens in the first one tell it from no other; let "
+            "task.template end in them, which leaves less to run and to average away"
+        )
 
 
 def _lines(example: Any) -> Sequence[str]:

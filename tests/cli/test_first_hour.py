@@ -60,6 +60,15 @@ def test_a_dry_run_shows_the_data_and_the_plan_and_writes_nothing(run: Run, reci
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_says_that_answers_begin_alike(run: Run, recipe_file: Path) -> None:
+    alike = "the answers begin alike"
+    numbers = ("task.name=choice", "task.label_column=label", 'task.labels=["0","1"]')
+    apart = (*numbers, 'task.template="{text}, so: "', 'task.candidates=["0","1"]')
+    together = (*numbers, 'task.template="{text}, so:"', 'task.candidates=[" 0"," 1"]')
+    assert alike not in run("train", recipe_file, "--dry-run", *apart)[1]
+    assert f"{alike}: 1 of the 2 tokens in the first one" in run("train", recipe_file, "--dry-run", *together)[1]
+
+
 def test_a_dry_run_of_a_run_that_has_begun_says_how_far_it_is_and_leaves_it(run: Run, recipe_file: Path) -> None:
     assert run("train", recipe_file)[0] == 0
     directory = recipe_file.parent / "run"

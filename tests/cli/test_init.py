@@ -70,14 +70,18 @@ def test_a_table_with_labels_becomes_a_choice_that_trains_as_it_is(
             lambda n: {"a": text(n), "b": text(n + 3), "label": n % 3},
             {
                 "name": "choice",
-                "template": "{a}\n{b}\nLabel:",
-                "candidates": [" 0", " 1", " 2"],
+                "template": "{a}\n{b}\nLabel: ",  # this tokenizer has the space before a number as a token
+                "candidates": ["0", "1", "2"],
                 "labels": ["0", "1", "2"],
             },
         ),
         (
             lambda n: {"word": WORDS[n % 10] * (1 + n // 10), "stars": n % 5, "year": 1900 + n},
-            {"name": "choice", "template": "{word}\nStars:", "label_column": "stars"},
+            {"name": "choice", "template": "{word}\nStars: ", "label_column": "stars"},
+        ),
+        (
+            lambda n: {"said": text(n), "label": ("great", "terrible")[n % 2]},
+            {"name": "choice", "template": "{said}\nLabel:", "candidates": [" great", " terrible"]},
         ),
     ],
 )
@@ -126,6 +130,17 @@ def test_uneven_labels_are_graded_and_dealt_out_evenly(
     assert (metric or "accuracy") in said
 
 
+def test_numbers_can_be_given_words(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "mail.jsonl", [{"text": text(n), "label": n % 2} for n in range(60)])
+    _, said, _ = run("init", model_folder, data, "--out", tmp_path / "numbers.yaml")
+    assert "the labels are numbers, 0, 1, which say nothing to a model" in said
+    task = written(run, model_folder, data, "--words", "great, terrible")["task"]
+    assert (task["template"], task["candidates"]) == ("{text}\nLabel:", [" great", " terrible"])
+    assert task["labels"] == ["0", "1"]
+    _, said, _ = run("init", model_folder, data, "--out", tmp_path / "words.yaml", "--words", "great,terrible")
+    assert "the labels are numbers" not in said
+
+
 def test_rows_of_like_length_share_a_step(run: Run, model_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "mail.jsonl", [{"text": text(n), "label": n % 2} for n in range(60)])
     assert written(run, model_folder, data)["train"]["sort_window"] == 8
@@ -157,6 +172,19 @@ def test_a_folder_of_splits_keeps_them(run: Run, model_folder: Path, tmp_path: P
         ([{"x": text(n), "label": n % 2} for n in range(40)], ("--target", "labl"), "--target"),
         ([{"x": text(n), "label": n % 2} for n in range(8)], (), "has 8 different examples, expected 20 or more"),
         ([{"n": n, "label": n % 2} for n in range(40)], (), "besides label no column has text"),
+        (
+            [{"x": text(n), "label": n % 2} for n in range(40)],
+            ("--words", "good"),
+            "--words is good, expected 2 different ones with commas between them, for the values of label in this "
+            "order: 0, 1",
+        ),
+        ([{"x": text(n), "label": n % 2} for n in range(40)], ("--words", "bad, bad"), "expected 2 different ones"),
+        ([{"x": text(n), "label": n % 2} for n in range(40)], ("--words", "bad,"), "expected 2 different ones"),
+        (
+            [{"x": text(n), "answer": f"{text(n)} {n}"} for n in range(40)],
+            ("--words", "a,b"),
+            "what is learned from answer are texts: leave it out",
+        ),
     ],
 )
 def test_what_can_t_be_told_is_refused(
