@@ -99,8 +99,8 @@ def _show_data(recipe: Recipe, kind: Kind[Any, Any], splits: EncodedSplits, scre
     answers = kind.scored(splits.train[0]) if splits.train else []
     if len(answers) > 1 and (alike := common_prefix(answers)):
         screen.say(
-            f"the answers begin alike: {alike} of the {len(answers[0])} tokens in the first one tell it from no other; let "
-            "task.template end in them, which leaves less to run and to average away"
+            f"the answers begin alike: {alike} of the {len(answers[0])} tokens in the first one tell it from no other; "
+            "let task.template end in them, which leaves less to run and to average away"
         )
 
 
