@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mezo_scale.models.shapes import config_of
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -46,8 +48,11 @@ def test_json_is_json_and_nothing_else(run: Run) -> None:
     assert "--nodes 2 --gpus-per-node 8" in choice["command"]
 
 
-def test_a_dry_run_shows_both_figures(run: Run) -> None:
-    code, out, _ = run("plan", "--model", "opt-125m", "--gpus", 2, "--gpu-memory", 8, "--dry-run", "--json")
+def test_a_dry_run_shows_both_figures(run: Run, tmp_path: Path) -> None:
+    config = config_of("opt-125m")
+    config.num_hidden_layers = 2  # each takes its time, and is as large as the others
+    config.save_pretrained(tmp_path)
+    code, out, _ = run("plan", "--model", tmp_path, "--gpus", 2, "--gpu-memory", 8, "--dry-run", "--json")
     assert code == 0
     dry = [one["dry_run"] for one in json.loads(out)["strategies"] if one["dry_run"]]
     assert len(dry) == 4  # single and fsdp2, with and without a master
