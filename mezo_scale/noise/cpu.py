@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -18,12 +18,17 @@ from mezo_scale.noise import cpu_kernels
 from mezo_scale.noise.cpu_jit import memory_of
 from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32, MASTER
 from mezo_scale.noise.low_rank import Factors
+from mezo_scale.noise.parts import Branches
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 TAKES_FACTORS = True  # whether the sweeps know low-rank noise
 CHUNK = 1 << 16  # draws below which a thread is not worth its start, about 0.1 ms
 
 Runs = npt.NDArray[np.int64]
+Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], np.float32]
+
+_NOTHING = np.empty((0, 0, 0), np.float32)
+_DENSE: Arrays = (_NOTHING, _NOTHING, np.float32(1))
 
 
 @lru_cache(maxsize=1)
@@ -40,10 +45,11 @@ def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> N
 
     draws: values generated for each element.
     """
-    ends = np.cumsum(runs[:, 2])
-    total, threads = int(ends[-1]) if len(ends) else 0, torch.get_num_threads()
+    total = int(runs[0, 2]) if len(runs) == 1 else int(runs[:, 2].sum())
+    threads = torch.get_num_threads()
     if threads == 1 or total * draws < 2 * CHUNK:
         return sweep(0, 0, total)
+    ends = np.cumsum(runs[:, 2])
     size = max(CHUNK // draws, total // (8 * threads), 1)
     bounds = np.append(np.arange(0, total, size), total)
     first = np.searchsorted(ends, bounds[:-1], side="right")
@@ -100,11 +106,10 @@ def draw(
     return torch.from_numpy(out)
 
 
-def _arrays(factors: Factors | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], np.float32]:
+def _arrays(factors: Factors | None) -> Arrays:
     """The factors as the sweeps take them."""
     if factors is None:
-        nothing = np.empty((0, 0, 0), np.float32)
-        return nothing, nothing, np.float32(1)
+        return _DENSE
     return factors.u.numpy(), factors.v.numpy(), np.float32(factors.scale)
 
 
@@ -112,7 +117,7 @@ def view(
     weight: Tensor,
     runs: Runs,
     param_id: int,
-    branches: Sequence[tuple[int, float]],
+    branches: Branches,
     out: Tensor,
     stream: int,
     factors: Factors | None = None,
@@ -123,7 +128,7 @@ def view(
 def rows(
     table: Tensor,
     param_id: int,
-    branches: Sequence[tuple[int, float]],
+    branches: Branches,
     ids: Tensor,
     out: Tensor,
     stream: int,
@@ -145,15 +150,14 @@ def _perturb(
     runs: Runs,
     targets: npt.NDArray[np.int64],
     param_id: int,
-    branches: Sequence[tuple[int, float]],
+    branches: Branches,
     out: Tensor,
     stream: int,
-    made_of: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], np.float32],
+    made_of: Arrays,
 ) -> None:
     words, kind, filled, out_kind = memory_of(weight, "u2"), KINDS[weight.dtype], memory_of(out, "u2"), KINDS[out.dtype]
-    names, key, numel = [seed for seed, _ in branches], np.uint64(param_id), out[0].numel()
-    seeds = np.array(names, dtype=np.uint64)
-    scales = np.array([scale for _, scale in branches], dtype=np.float32)
+    seeds, scales, key, numel = branches.seeds, branches.scales, np.uint64(param_id), out.numel() // len(branches)
+    names = seeds.tolist()
     leaders = np.array([names.index(seed) for seed in names])
 
     def sweep(first: int, begin: int, end: int) -> None:

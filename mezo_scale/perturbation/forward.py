@@ -108,8 +108,10 @@ class Runner:
         own = {site.attr: site for site in sites}
         held = module._parameters
         weight_here, bias_here = held["weight"], held["bias"]
-        dtype = self.weights.dtype_of(weight_here) if "weight" in own else weight_here.dtype
-        result = x.new_empty(len(active), blocks.shape[1], weight_here.shape[0], dtype=dtype)
+        with torch._C.DisableTorchFunction():
+            dtype = self.weights.dtype_of(weight_here) if "weight" in own else weight_here.dtype
+            width = weight_here.shape[0]
+        result = x.new_empty(len(active), blocks.shape[1], width, dtype=dtype)
         for group in _by_seed(self.branches, active):
             with self.weights.scratch.frame():
                 branches = self.neighbours(group)
@@ -130,16 +132,18 @@ class Runner:
 
     def _takes_factors(self, module: nn.Module) -> bool:
         """Whether the noise has factors of a module's weight, and the weight is tuned."""
-        weight = module._parameters.get("weight")
-        if weight is None or not weight.requires_grad:
-            return False
-        return self.weights.noise.rank_of(weight.shape) is not None
+        with torch._C.DisableTorchFunction():  # a look at a guarded parameter is a call otherwise
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.requires_grad:
+                return False
+            return self.weights.noise.rank_of(weight.shape) is not None
 
     def _is_plain_linear(self, module: nn.Module, sites: Sequence[Site], args: Any, kwargs: Any) -> bool:
         """torch's own Linear, called the ordinary way."""
         if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
             return False
-        tuned = {name for name, param in module._parameters.items() if param is not None and param.requires_grad}
+        with torch._C.DisableTorchFunction():
+            tuned = {name for name, param in module._parameters.items() if param is not None and param.requires_grad}
         if {site.attr for site in sites if site.module is module} != tuned or len(sites) != len(tuned):
             return False  # what it is not given it reads as it is, and that must not be here
         weight = module._parameters.get("weight")

@@ -219,12 +219,12 @@ class View:
 
     def _give_to(self, modules: Iterable[nn.Module]) -> None:
         """Shadows the forwards of those modules for as long as the view is open."""
-        for module in modules:
-            if module not in self._given:
-                self._given.add(module)
-                self._shadow_forward(module)
+        new = [module for module in dict.fromkeys(modules) if module not in self._given]
+        self._given.update(new)
+        forwards = [(module, "forward", self._shadow_of(module)) for module in new]
+        self._opened.enter_context(standing_in(forwards))
 
-    def _shadow_forward(self, module: nn.Module) -> None:
+    def _shadow_of(self, module: nn.Module) -> Callable[..., Any]:
         # Inside `forward`, after the hooks that gather; an instance's own, when another library has put one there.
         original = module.forward
 
@@ -232,7 +232,7 @@ class View:
             return self._run(module, original, args, kwargs)
 
         forward.__wrapped__ = original  # type: ignore[attr-defined]  # callers look at a model's signature
-        self._opened.enter_context(standing_in([(module, "forward", forward)]))
+        return forward
 
     def _run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         begun = len(self._made)

@@ -31,6 +31,7 @@ _LEAST_OF_A_LABEL = 20  # examples, to be dealt out as often as those of any oth
 _UNEVEN = 1.3  # a label's share of the examples, times the number of labels, that makes accuracy say little
 _LOOKED_AT = 500  # examples whose length in tokens is asked for
 _BATCH = 16
+_GROUP = 4  # at least: rows of a direction's own cost no forwards (docs/how-to/choose-an-estimator.md)
 _SORT_WINDOW = 8
 
 
@@ -50,9 +51,14 @@ class _Guess:
     numbers: Sequence[Any] = ()
 
     @property
+    def group_size(self) -> int:
+        """Rows that share a direction, of each label as many."""
+        return _BATCH if self.labels is None else self.labels * -(-_GROUP // self.labels)
+
+    @property
     def batch_size(self) -> int:
-        """Rows of a step: about as many as usual, of each label as many."""
-        return _BATCH if self.labels is None else self.labels * max(1, _BATCH // self.labels)
+        """Rows of a step: about as many as usual, in whole groups."""
+        return self.group_size * max(1, round(_BATCH / self.group_size))
 
 
 def first_recipe(
@@ -290,10 +296,10 @@ def _yaml(model: str, task: Mapping[str, Any], guess: _Guess, arch: Architecture
         section, _, name = key.partition(".")
         said.setdefault(section, {})[name] = value
     billions = arch.numel / 1e9
-    lr = next(
-        rate for most, rate in ((0.3, "2.0e-5"), (1, "1.0e-5"), (3, "2.0e-6"), (1e9, "1.0e-6")) if billions < most
-    )
+    small = "1.0e-4" if guess.labels == 2 else "2.0e-5"  # a choice among few has the flatter loss
+    lr = next(rate for most, rate in ((0.3, small), (1, "1.0e-5"), (3, "2.0e-6"), (1e9, "1.0e-6")) if billions < most)
     eps = "4.0e-3" if billions < 1 and said["model"].get("compute_dtype") == "bfloat16" else "1.0e-3"
+    grouped = guess.group_size < guess.batch_size
     lines = [
         "# Written by `mezo-scale init`. All fields: `mezo-scale train --help`. Look at it first: `train --dry-run`.",
         "model:",
@@ -308,6 +314,11 @@ def _yaml(model: str, task: Mapping[str, Any], guess: _Guess, arch: Architecture
         "optimizer:",
         f"  lr: {lr}  # a first guess for a model of this size; halve and double it, and compare on dev",
         f"  eps: {eps}",
+        *(
+            [f"  estimator: grouped\n  group_size: {guess.group_size}  # rows that share a direction"]
+            if grouped
+            else []
+        ),
         "train:",
         "  steps: 1000  # MeZO learns slowly: thousands are usual, and a finished run goes on when asked for more",
         f"  batch_size: {guess.batch_size}",

@@ -51,8 +51,11 @@ def discover(model: nn.Module) -> Layout:
         raise ModelError("the model has no trainable parameter: set requires_grad on what MeZO is to tune")
     watch = Watch(model, listed, {parameters[shard.name] for shard in found.values() if shard.paged is not None})
 
+    keep = {place.adapter for place in listed}
+    keepers = [adapter for adapter in schemes.ADAPTERS if adapter in keep or any(adapter.inner(model))]
+
     def refresh() -> None:
-        for adapter in schemes.ADAPTERS:
+        for adapter in keepers:
             adapter.refresh(model)
 
     def is_current() -> bool:

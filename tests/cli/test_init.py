@@ -114,7 +114,7 @@ def test_layers_compute_in_bfloat16_where_the_processor_is_fast_in_it(
     [
         ([n % 2 for n in range(60)], None, (16, "labels")),
         ([0] * 60 + [1] * 25, "balanced_accuracy", (16, "labels")),
-        ([n % 3 for n in range(90)], None, (15, "labels")),
+        ([n % 3 for n in range(90)], None, (18, "labels")),
         ([0] * 60 + [1] * 15, "balanced_accuracy", (16, None)),  # so few of one would come again and again
     ],
 )
@@ -139,6 +139,17 @@ def test_numbers_can_be_given_words(run: Run, model_folder: Path, tmp_path: Path
     assert task["labels"] == ["0", "1"]
     _, said, _ = run("init", model_folder, data, "--out", tmp_path / "words.yaml", "--words", "great,terrible")
     assert "the labels are numbers" not in said
+
+
+@pytest.mark.parametrize(("labels", "expected"), [(2, (16, 4)), (3, (18, 6)), (5, (15, 5)), (12, (12, None))])
+def test_groups_have_all_labels_in_equal_number(
+    run: Run, model_folder: Path, tmp_path: Path, labels: int, expected: tuple[int, int | None]
+) -> None:
+    data = write(tmp_path / "mail.jsonl", [{"text": text(n), "label": n % labels} for n in range(300)])
+    recipe = written(run, model_folder, data)
+    assert (recipe["train"]["batch_size"], recipe["optimizer"].get("group_size")) == expected
+    assert recipe["optimizer"].get("estimator") == (None if expected[1] is None else "grouped")
+    assert recipe["optimizer"]["lr"] == (1e-4 if labels == 2 else 2e-5)
 
 
 def test_rows_of_like_length_share_a_step(run: Run, model_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from mezo_scale.noise import Noise, reference
+from mezo_scale.noise.parts import Branches
 
 Runs = npt.NDArray[np.int64]
 RAW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -126,9 +127,9 @@ def rows_differ(
     return differing(*results)
 
 
-def branches_of(seeds: tuple[int, ...], seed: int) -> list[tuple[int, float]]:
+def branches_of(seeds: tuple[int, ...], seed: int) -> Branches:
     scales = np.random.default_rng(seed).normal(size=len(seeds)).astype(np.float32)
-    return [(s, float(scale)) for s, scale in zip(seeds, scales, strict=True)]
+    return Branches([(s, float(scale)) for s, scale in zip(seeds, scales, strict=True)])
 
 
 def draw_differs(kernels: str, stream: int, start: int, count: int) -> int:
@@ -193,6 +194,6 @@ def kept_tables_differ() -> int:
             out = [torch.empty(2, 1200) for _ in range(2)]
             for module, where in zip((reference, cuda), out, strict=True):
                 where.zero_()
-                module.view(local, runs, 3, [(seed, 0.5), (seed, -0.25)], where, 0)
+                module.view(local, runs, 3, Branches([(seed, 0.5), (seed, -0.25)]), where, 0)
             wrong += differing(*out)
     return wrong
