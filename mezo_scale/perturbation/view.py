@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
@@ -67,6 +68,11 @@ class View:
         for site in self.layout.sites:
             self._owned[site.module].append(site)
         self._parents = {child: module for module in model.modules() for child in module.children()}
+        self._callable = {model, *self._owned}  # what may be called outermost and read a parameter
+        for module in list(self._callable):
+            while (parent := self._parents.get(module)) is not None and parent not in self._callable:
+                self._callable.add(parent)
+                module = parent
         self._readers = Readers(model, self.layout.sites)
         self._running = Running()
         self._pairing = pairing.Pairing(self._parents)
@@ -151,17 +157,13 @@ class View:
 
     def _watch_entries(self, stack: ExitStack) -> None:
         """Before an outermost call: learn how it pairs. A hook, not a shadowed forward: it must precede FSDP's own."""
-        modules = {self.model, *self._owned}
-        for module in list(modules):
-            while (parent := self._parents.get(module)) is not None and parent not in modules:
-                modules.add(parent)
-                module = parent
-        self._give_to(modules)  # a call has looked up its forward before the hook learns that the module is a unit
-        for module in modules:
-            before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
-            after = module.register_forward_hook(self._leave, always_call=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+        # Given first: a call has looked up its forward before the hook learns that the module is a unit.
+        self._give_to(self._callable)
+        handles: list[RemovableHandle] = []
+        stack.callback(_remove, handles)
+        for module in self._callable:
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._entry is not None or self._learning or len(self._runner.active) == 1:
@@ -332,6 +334,11 @@ class View:
                 "as an attribute of its module"
             )
         return None
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _memory_of(tensor: Tensor) -> int | None:
