@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
-from mezo_scale.tasks.example import Example
+from mezo_scale.tasks.example import Example, Picture
 from mezo_scale.tasks.order import permutation
 from mezo_scale.tasks.rows import read_parts
 from mezo_scale.tasks.tables import Row
@@ -87,35 +87,48 @@ def _few_shot(
 
 def _of_each_class(section: TaskSection, examples: Sequence[E], k: int, parts: int) -> list[tuple[E, ...]]:
     """As many parts as asked for, each with k examples of each class, the first ones that are left."""
-    answers = {getattr(example, "candidates", None) for example in examples}
-    classes = answers.pop() if len(answers) == 1 else None
-    if classes is None:
+    known = _classes(examples)
+    if known is None:
         raise RecipeError(
             f"task.k_per_class is {k}, but the rows of task.name={section.name} share no classes: leave it out"
         )
-    counts = [0] * len(classes)
+    classes, labels = known
+    counts = dict.fromkeys(classes, 0)
     dealt: list[list[E]] = [[] for _ in range(parts)]
-    for example in examples:
-        label: int = example.label  # type: ignore[attr-defined]  # what has candidates has one of them as its label
+    for example, label in zip(examples, labels, strict=True):
         if counts[label] < k * parts:
             dealt[counts[label] // k].append(example)
         counts[label] += 1
-    least = min(range(len(classes)), key=counts.__getitem__)
+    least = min(classes, key=counts.__getitem__)
     if counts[least] < k * parts:
         raise RecipeError(
-            f"task.k_per_class is {k}, which takes {k * parts} rows of each class, but {classes[least]!r:.40} has "
+            f"task.k_per_class is {k}, which takes {k * parts} rows of each class, but {least!r:.40} has "
             f"{counts[least]} of {len(examples)} outside the test: ask for fewer, or for a smaller task.test"
         )
     return [tuple(part) for part in dealt]
 
 
+def _classes(examples: Sequence[Posed]) -> tuple[list[int | str], list[int | str]] | None:
+    """The classes that examples share, and each example's; None where they share none. Images have those that occur."""
+    pictures = [example.label for example in examples if isinstance(example, Picture)]
+    if len(pictures) == len(examples):
+        return sorted(set(pictures), key=str), pictures
+    questions = [example for example in examples if isinstance(example, Example)]
+    shared = {example.candidates for example in questions}
+    if len(questions) < len(examples) or len(shared) > 1:
+        return None
+    return [*shared.pop()], [example.candidates[example.label] for example in questions]
+
+
 def _check_labels(train: Sequence[E]) -> None:
     """Raises RecipeError where there is nothing to tell apart: several examples, and one right answer for all."""
     right = {(example.candidates, example.label) for example in train if isinstance(example, Example)}
-    if len(right) == 1 and len(train) > 1:
-        candidates, label = right.pop()
+    shown: set[int | str] = {candidates[label] for candidates, label in right} if len(right) == 1 else set()
+    if all(isinstance(example, Picture) for example in train):
+        shown = {example.label for example in train if isinstance(example, Picture)}
+    if len(shown) == 1 and len(train) > 1:
         raise RecipeError(
-            f"task.data: all {len(train)} examples for training have the label of {candidates[label]!r:.40}, "
+            f"task.data: all {len(train)} examples for training have the label of {shown.pop()!r:.40}, "
             "expected several of the candidates: give data with rows of others"
         )
 

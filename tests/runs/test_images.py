@@ -1,6 +1,7 @@
 """Image classifiers: trained, evaluated, gone on with, verified and saved as language models are; what they can not."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from mezo_scale import tasks
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import MezoError, RecipeError
 from mezo_scale.models import heads
@@ -140,7 +142,7 @@ def test_a_rehearsal_counts_images(make: Make, capsys: pytest.CaptureFixture[str
         (("tune.what=head",), "tune.what is head, but this model has no output embedding: set tune.what to names"),
         (("train.objective=candidates",), "train.objective: found 'candidates' for task.name=cifar10"),
         (("train.objective=mine:reward",), "train.objective: "),
-        (("task.k_per_class=2",), "task.k_per_class is 2, but the rows of task.name=cifar10 share no classes"),
+        (("task.k_per_class=9",), "k_per_class is 9, which takes 9 rows of each class, but 0 has 4 of 12 outside"),
     ],
 )
 def test_what_an_image_model_can_not_do_is_one_line_before_anything_is_written(
@@ -150,6 +152,19 @@ def test_what_an_image_model_can_not_do_is_one_line_before_anything_is_written(
         train(make(*overrides))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_few_images_of_each_class_are_enough(make: Make) -> None:
+    found = tasks.load(make("task.k_per_class=3").task)
+    for part in (found.train, found.dev):
+        assert Counter(image.label for image in part) == {0: 3, 1: 3, 2: 3}
+    assert found.test == tasks.load(make().task).test
+
+
+def test_images_that_all_show_one_thing_are_refused(make: Make, tmp_path: Path) -> None:
+    alike = pictures.write_rows(tmp_path / "alike.jsonl", *(pictures.row(number, label=1) for number in range(30)))
+    with pytest.raises(RecipeError, match="task.data: all 30 examples for training have the label of 1, expected sev"):
+        tasks.load(make(f"task.data={alike}", "task.train=10", "task.dev=10", "task.test=10").task)
 
 
 @pytest.mark.parametrize(
