@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mezo_scale import collectives
 from mezo_scale.distributed.layout import Strategy
@@ -14,8 +15,10 @@ from mezo_scale.optim.mezo import MeZO
 from mezo_scale.recipe import TaskSection
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.evaluate import evaluate, replay_if_begun
+from mezo_scale.tasks import Passage
 from mezo_scale.tasks.kinds.candidates import Candidates, Encoded
-from tests.support import material
+from mezo_scale.tasks.kinds.modeling import Block, Modeling
+from tests.support import layouts, material
 from tests.support.pool import Ranks
 from tests.tasks.test_objectives import by_hand
 
@@ -39,6 +42,29 @@ def test_every_example_counts_once_whatever_the_batch_size() -> None:
         assert found["loss"].value == pytest.approx(
             evaluate(loaded, kind, examples, 11).metrics["loss"].value, rel=1e-5
         )
+
+
+def perplexity(layout: str) -> tuple[float, int]:
+    """Of 23 blocks, the last of them short, on the ranks that there are."""
+    size, text = dist.get_world_size(), " ".join(text for text, _ in material.reviews())
+    tokenizer = material.tokenizer()
+    tokenizer.pad_token_id = 0
+    kind = Modeling(tokenizer, TaskSection(name="wikitext", data="d", max_length=16))
+    blocks = kind.encode_all([Passage(text)])[:22]
+    sharded = layouts.shard(layout, material.build("llama"))
+    strategy = Strategy("single") if size == 1 else Strategy(layout, shard=size)
+    loaded = Loaded(sharded.model, tokenizer, torch.device("cpu"), strategy)
+    found = evaluate(loaded, kind, [*blocks, Block(blocks[0].tokens[:5])], 4).metrics["perplexity"]
+    sharded.close()
+    return found.value, found.n
+
+
+def test_ranks_come_to_the_perplexity_of_one(ranks: Ranks) -> None:
+    ((alone, count),) = ranks(1, perplexity, layout="plain")
+    assert count == 23
+    for size, layout in ((3, "fsdp2"), (2, "zero3")):
+        for found in ranks(size, perplexity, layout=layout):
+            assert found == (pytest.approx(alone, rel=1e-5), 23)
 
 
 def steps_replayed(runs: list[str], until: int | None) -> int:
