@@ -9,6 +9,7 @@ import typer
 
 import mezo_scale as ms
 from mezo_scale import cli, errors, recipe
+from mezo_scale.bench import comparison
 from tests.support import material
 from tests.support.fixtures import ROOT
 from tests.support.launch import Launch
@@ -63,6 +64,11 @@ def test_the_recipes_of_a_page_are_recipes(page: Path, tmp_path: Path) -> None:
         path = tmp_path / f"recipe{number}.yaml"
         path.write_text(text)
         assert recipe.load(path).model.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.yaml")), ids=name_of)
+def test_the_comparisons_behind_the_results_are_comparisons(path: Path) -> None:
+    assert {cell.seed for cell in comparison.load(path, ["task.data=there"]).cells} >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("page", pages_with("console", folder=""), ids=name_of)
