@@ -96,7 +96,7 @@ def _show_data(recipe: Recipe, kind: Kind[Any, Any], splits: EncodedSplits, scre
         screen.say(f"--- training example {number} ---")
         for line in _lines(example):
             screen.say(line)
-    answers = kind.scored(splits.train[0]) if splits.train else []
+    answers = kind.scored(splits.train[0]) if recipe.task.candidates is not None else []
     if len(answers) > 1 and (alike := common_prefix(answers)):
         screen.say(
             f"the answers begin alike: {alike} of the {len(answers[0])} tokens in the first one tell it from no other; "

@@ -87,6 +87,11 @@ def _few_shot(
 
 def _of_each_class(section: TaskSection, examples: Sequence[E], k: int, parts: int) -> list[tuple[E, ...]]:
     """As many parts as asked for, each with k examples of each class, the first ones that are left."""
+    if not examples:
+        raise RecipeError(
+            f"task.k_per_class is {k}, but none of the {section.test} examples is outside the test: ask for a smaller "
+            "task.test"
+        )
     known = _classes(examples)
     if known is None:
         raise RecipeError(
@@ -108,24 +113,31 @@ def _of_each_class(section: TaskSection, examples: Sequence[E], k: int, parts: i
     return [tuple(part) for part in dealt]
 
 
-def _classes(examples: Sequence[Posed]) -> tuple[list[int | str], list[int | str]] | None:
+def _classes(examples: Sequence[Posed]) -> tuple[list[str], list[str]] | None:
     """The classes that examples share, and each example's; None where they share none. Images have those that occur."""
-    pictures = [example.label for example in examples if isinstance(example, Picture)]
-    if len(pictures) == len(examples):
-        return sorted(set(pictures), key=str), pictures
-    questions = [example for example in examples if isinstance(example, Example)]
-    shared = {example.candidates for example in questions}
-    if len(questions) < len(examples) or len(shared) > 1:
+    shown = _shown(examples)
+    if shown is not None:
+        return sorted(set(shown)), shown
+    shared = {getattr(example, "candidates", None) for example in examples}
+    candidates = shared.pop()
+    if shared or candidates is None:
         return None
-    return [*shared.pop()], [example.candidates[example.label] for example in questions]
+    # What has candidates has one of them as its label, an example from outside too.
+    return [*candidates], [candidates[example.label] for example in examples]  # type: ignore[attr-defined]
+
+
+def _shown(examples: Sequence[Posed]) -> list[str] | None:
+    """The labels of images, which may be numbers or names; None of other examples."""
+    labels = [str(example.label) for example in examples if isinstance(example, Picture)]
+    return labels if len(labels) == len(examples) else None
 
 
 def _check_labels(train: Sequence[E]) -> None:
     """Raises RecipeError where there is nothing to tell apart: several examples, and one right answer for all."""
     right = {(example.candidates, example.label) for example in train if isinstance(example, Example)}
-    shown: set[int | str] = {candidates[label] for candidates, label in right} if len(right) == 1 else set()
-    if all(isinstance(example, Picture) for example in train):
-        shown = {example.label for example in train if isinstance(example, Picture)}
+    shown = set(_shown(train) or ()) or (
+        {candidates[label] for candidates, label in right} if len(right) == 1 else set()
+    )
     if len(shown) == 1 and len(train) > 1:
         raise RecipeError(
             f"task.data: all {len(train)} examples for training have the label of {shown.pop()!r:.40}, "

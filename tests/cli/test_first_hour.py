@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mezo_scale
 from mezo_scale.recipe import Recipe
 from tests.cli.test_app import refused
+from tests.support.suite import ROWS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,6 +67,11 @@ def test_a_dry_run_says_that_answers_begin_alike(run: Run, recipe_file: Path) ->
     apart = (*numbers, 'task.template="{text}, so: "', 'task.candidates=["0","1"]')
     together = (*numbers, 'task.template="{text}, so:"', 'task.candidates=[" 0"," 1"]')
     assert alike not in run("train", recipe_file, "--dry-run", *apart)[1]
+    rows = [{**ROWS["copa"], "choice1": f"It is {number}.", "choice2": "It is not."} for number in range(24)]
+    data = recipe_file.parent / "copa.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("task.name=copa", f"task.data={data}", "task.train=12", "task.dev=6", "task.test=6")
+    assert alike not in run("train", recipe_file, "--dry-run", *given)[1]  # whose answers are not the recipe's
     assert f"{alike}: 1 of the 2 tokens in the first one" in run("train", recipe_file, "--dry-run", *together)[1]
 
 

@@ -142,7 +142,7 @@ def test_a_rehearsal_counts_images(make: Make, capsys: pytest.CaptureFixture[str
         (("tune.what=head",), "tune.what is head, but this model has no output embedding: set tune.what to names"),
         (("train.objective=candidates",), "train.objective: found 'candidates' for task.name=cifar10"),
         (("train.objective=mine:reward",), "train.objective: "),
-        (("task.k_per_class=9",), "k_per_class is 9, which takes 9 rows of each class, but 0 has 4 of 12 outside"),
+        (("task.k_per_class=9",), "k_per_class is 9, which takes 9 rows of each class, but '0' has 4 of 12 outside"),
     ],
 )
 def test_what_an_image_model_can_not_do_is_one_line_before_anything_is_written(
@@ -163,7 +163,9 @@ def test_few_images_of_each_class_are_enough(make: Make) -> None:
 
 def test_images_that_all_show_one_thing_are_refused(make: Make, tmp_path: Path) -> None:
     alike = pictures.write_rows(tmp_path / "alike.jsonl", *(pictures.row(number, label=1) for number in range(30)))
-    with pytest.raises(RecipeError, match="task.data: all 30 examples for training have the label of 1, expected sev"):
+    with pytest.raises(
+        RecipeError, match="task.data: all 30 examples for training have the label of '1', expected sev"
+    ):
         tasks.load(make(f"task.data={alike}", "task.train=10", "task.dev=10", "task.test=10").task)
 
 

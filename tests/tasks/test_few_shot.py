@@ -62,6 +62,8 @@ def test_a_class_with_too_few_rows_is_named(one_file: Path, folder: Path) -> Non
         tasks.load(section(one_file, k_per_class=15))
     with pytest.raises(RecipeError, match="takes 15 rows of each class, but ' great' has 10 of 30 outside"):
         tasks.load(section(folder, k_per_class=15))
+    with pytest.raises(RecipeError, match="task.k_per_class is 1, but none of the 90 examples is outside the test"):
+        tasks.load(section(one_file, k_per_class=1, test=90))
     with pytest.raises(RecipeError, match="task.test is 200, but the data has 90 different examples"):
         tasks.load(section(one_file, k_per_class=1, test=200))
 
