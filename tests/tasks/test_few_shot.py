@@ -1,6 +1,7 @@
 """k rows per class: the same ones for a seed, apart from the test, and no fewer than were asked for."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from mezo_scale import tasks
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
+from mezo_scale.tasks.splits import read_splits
 from tests.support.suite import ROWS, write
 
 
@@ -54,6 +56,20 @@ def test_another_seed_draws_others(kind: str, request: pytest.FixtureRequest) ->
 def test_fewer_are_some_of_the_same(one_file: Path) -> None:
     few, more = (set(tasks.load(section(one_file, k_per_class=k)).train) for k in (2, 4))
     assert few < more
+
+
+def test_an_example_from_outside_has_the_classes_of_its_candidates(one_file: Path) -> None:
+    @dataclass(frozen=True)
+    class Mine:
+        asked: str
+        label: int
+        candidates: tuple[str, ...] = ("no", "yes")
+
+        def contradicts(self, other: Any) -> None:
+            return None
+
+    found = read_splits(section(one_file, k_per_class=4), lambda row: Mine(row.fields["sentence"], row.fields["label"]))
+    assert [Counter(mine.label for mine in part) for part in (found.train, found.dev)] == [{0: 4, 1: 4}] * 2
 
 
 def test_a_class_with_too_few_rows_is_named(one_file: Path, folder: Path) -> None:
