@@ -52,7 +52,8 @@ def run(
         RecipeError: a cell's directory holds another run, or the folder can't be made; nothing has begun then.
     """
     check_alone("a comparison starts the ranks of each run", "run mezo-scale compare once, with --processes")
-    recipes = {cell.name: _frozen(cell) for cell in comparison.cells}
+    for cell in comparison.cells:
+        _frozen(cell)
     out = comparison.out
     RunDirectory(out / "logs").create()
     names = [cell.name for cell in comparison.cells]
@@ -63,9 +64,11 @@ def run(
     with ending_on_sigterm():
         for number, cell in enumerate(left, 1):
             say(f"[{number}/{len(left)}] {cell.name}")
+            if finished(cell):  # by another comparison in the same folder, in the meantime
+                continue
             run = RunDirectory(cell.recipe.directory)
             run.create()
-            replace_file(run.recipe, dump(recipes[cell.name]))
+            replace_file(run.recipe, dump(_frozen(cell)))
             reason = start(cell, out / "logs" / f"{cell.name}.log", processes)
             if reason is None and not finished(cell):
                 reason = f"ended without a result, see {out / 'logs' / f'{cell.name}.log'}"

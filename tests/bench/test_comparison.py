@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mezo_scale import recipe as recipes
 from mezo_scale.bench import comparing, comparison, comparison_report
 from mezo_scale.bench.comparison import Cell
 from mezo_scale.errors import LaunchError, MezoError, RecipeError
@@ -284,6 +285,23 @@ def test_a_directory_with_another_run_stops_all_before_anything_begins(tmp_path:
     other = comparison.load(write(tmp_path, tree), ["task.test=16", "compare.seeds=[1]"])
     with pytest.raises(RecipeError, match=r"zero-shot holds a run with task\.test: 32, now 16"):
         comparing.run(other, start=start)
+
+
+def test_two_comparisons_in_one_folder_do_not_spoil_each_other(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """The second does a run that the first, too, has before it."""
+    tree["compare"] = {"methods": {"zero-shot": METHODS["zero-shot"], "adamw": {"method": {"name": "adamw"}}}}
+    first = comparison.load(write(tmp_path, tree), ["compare.seeds=[0]", "optimizer.lr=1e-3"])
+    begun: list[str] = []
+
+    def meanwhile_the_other(cell: Cell, log: Path, processes: int | None) -> str | None:
+        begun.append(cell.name)
+        train(next(cell for cell in first.cells if cell.label == "adamw").recipe)
+        return start(cell, log, processes)
+
+    assert comparing.run(first, start=meanwhile_the_other) == {}
+    assert begun == ["zero-shot"]
+    assert comparing.run(first, start=start) == {}
+    assert recipes.load(tmp_path / "out" / "adamw-seed0").train.objective == "candidates"
 
 
 def test_the_command_runs_each_cell_in_processes_of_its_own(

@@ -1,6 +1,7 @@
 """Baselines in one process: each from its recipe to its report, and what each of them computes."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mezo_scale.runs.methods.linear_probe import regress
 from mezo_scale.runs.methods.session import is_finished
 from mezo_scale.runs.session import train
 from mezo_scale.runs.splits import EncodedSplits, prepare
+from mezo_scale.trajectory.lock import Lock
 from tests.support import questions
 
 Make = Callable[..., Recipe]
@@ -83,6 +85,18 @@ def test_every_method_leaves_the_files_of_a_run_and_is_listed(make: Make, method
     assert (entry["steps"], entry["of"]) == ((6, 6) if method == "adamw" else (None, None))
 
 
+def test_what_another_process_carries_out_is_left_to_it(make: Make) -> None:
+    recipe = make("adamw", *ADAMW)
+    run = RunDirectory(recipe.directory)
+    run.create()
+    lock = Lock(run.metrics)
+    with pytest.raises(MezoError, match=rf"metrics\.jsonl is being written by process {os.getpid()} on "):
+        train(recipe)
+    assert [path.name for path in recipe.directory.iterdir()] == ["metrics.jsonl.lock"]
+    lock.release()
+    train(recipe)
+
+
 def test_a_finished_run_stays_as_it_is_and_a_stopped_one_begins_again(
     make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +118,7 @@ def test_a_finished_run_stays_as_it_is_and_a_stopped_one_begins_again(
     train(recipe)
     assert "adamw keeps nothing to go on from: it begins again" in capsys.readouterr().out
     assert [line["step"] for line in lines(recipe) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert not list(recipe.directory.glob("*.lock"))
     before = (recipe.directory / "report.md").stat().st_mtime_ns
     train(recipe)
     assert "has its result already" in capsys.readouterr().out

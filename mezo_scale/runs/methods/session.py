@@ -2,6 +2,7 @@
 
 import gc
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from mezo_scale import models
@@ -22,6 +23,7 @@ from mezo_scale.runs.metrics import Metrics
 from mezo_scale.runs.report import RESULTS, as_table, results_table, write_results
 from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Kind
+from mezo_scale.trajectory.lock import Lock
 
 _PLANS = {"adamw": adamw.plan, "icl": icl.plan, "linear_probe": linear_probe.plan}
 
@@ -47,28 +49,38 @@ def carry_out(
     recipe: Recipe, world: World, run: RunDirectory, kind: Kind[Any, Any], splits: EncodedSplits, fit: Fit
 ) -> None:
     """Evaluates the model as it is, carries out the method, writes the report. A finished run stays as it is; one that
-    was stopped begins again. Every rank calls it."""
+    was stopped begins again. Every rank calls it.
+
+    Raises:
+        TrajectoryError: another process carries it out.
+    """
     screen, memory = Screen(world), PhaseMemory(world.device)
     if max_integer(int(world.rank == 0 and is_finished(recipe, run))):
         screen.say(f"{run.path} has its result already: {run.report}")
         return
     loaded = models.load(recipe, world)
     check_model(loaded, kind, splits.test, recipe)
-    if world.rank == 0:
-        if run.metrics.exists():
-            screen.say(f"{run.path} was stopped, and {recipe.method.name} keeps nothing to go on from: it begins again")
-        run.create()
-        run.describe(recipe, world)
-    metrics = Metrics(run, world, -1, recipe, None)
-    setting = Setting(recipe, world, kind, splits, loaded, screen, memory, metrics)
-    try:
-        results = _zero_shot(setting)
-        outcome = fit(setting)
-    finally:
-        metrics.close()
-    results |= {RESULTS[recipe.method.name]: outcome.result} if outcome.result else {}
-    results |= outcome.beside
-    _finish(setting, run, results, outcome.about)
+    with ExitStack() as until_done:
+        with world.raise_on_all():
+            if world.rank == 0:
+                run.create()
+                until_done.callback(Lock(run.metrics).release)
+        if world.rank == 0:
+            if run.metrics.exists():
+                screen.say(
+                    f"{run.path} was stopped, and {recipe.method.name} keeps nothing to go on from: it begins again"
+                )
+            run.describe(recipe, world)
+        metrics = Metrics(run, world, -1, recipe, None)
+        setting = Setting(recipe, world, kind, splits, loaded, screen, memory, metrics)
+        try:
+            results = _zero_shot(setting)
+            outcome = fit(setting)
+        finally:
+            metrics.close()
+        results |= {RESULTS[recipe.method.name]: outcome.result} if outcome.result else {}
+        results |= outcome.beside
+        _finish(setting, run, results, outcome.about)
 
 
 def is_finished(recipe: Recipe, run: RunDirectory) -> bool:
