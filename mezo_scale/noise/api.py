@@ -14,7 +14,7 @@ stays a NaN, but its payload is not promised.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -264,8 +264,13 @@ class Perturbed:
         rank = check.rank(noise, shape, runs)
         return cls(param_id, runs, is_whole, noise, shape, rank, weight.numel(), weight.device)
 
-    def fits(self, weight: Tensor) -> bool:
-        return weight.numel() == self.numel and weight.device == self.device
+    def filling(self, weight: Tensor, out: Tensor) -> Callable[[Tensor, Branches], None]:
+        """`view` into one place: fill(weight, branches), for as long as both tensors lie where they lie."""
+        kernels = _kernels_for(weight)
+        if self.is_whole and self.numel and self.rank is None and hasattr(kernels, "filling"):
+            fill = kernels.filling(weight, self.runs, self.param_id, out, self.noise.stream)
+            return lambda _, branches: fill(branches)
+        return lambda weight, branches: self.view(weight, branches, out)
 
     def view(self, weight: Tensor, branches: Branches, out: Tensor) -> None:
         with torch.no_grad():

@@ -122,7 +122,12 @@ def view(
     stream: int,
     factors: Factors | None = None,
 ) -> None:
-    _perturb(weight, runs, runs[:, 0].copy(), param_id, branches, out, stream, _arrays(factors))
+    _filling(weight, runs, runs[:, 0].copy(), param_id, out, stream, _arrays(factors))(branches)
+
+
+def filling(weight: Tensor, runs: Runs, param_id: int, out: Tensor, stream: int) -> Callable[[Branches], None]:
+    """`view` with all but its branches given: it may be called for as long as both tensors lie where they lie."""
+    return _filling(weight, runs, runs[:, 0].copy(), param_id, out, stream, _DENSE)
 
 
 def rows(
@@ -142,28 +147,29 @@ def rows(
         runs = np.stack((start, start, np.full(count, width)), axis=1)
         part = slice(None) if same else slice(b, b + 1)
         u, v, scale = _arrays(factors)
-        _perturb(table, runs, targets, param_id, branches[part], out[part], stream, (u[part], v[part], scale))
+        _filling(table, runs, targets, param_id, out[part], stream, (u[part], v[part], scale))(branches[part])
 
 
-def _perturb(
+def _filling(
     weight: Tensor,
     runs: Runs,
     targets: npt.NDArray[np.int64],
     param_id: int,
-    branches: Branches,
     out: Tensor,
     stream: int,
     made_of: Arrays,
-) -> None:
+) -> Callable[[Branches], None]:
     words, kind, filled, out_kind = memory_of(weight, "u2"), KINDS[weight.dtype], memory_of(out, "u2"), KINDS[out.dtype]
-    seeds, scales, key, numel = branches.seeds, branches.scales, np.uint64(param_id), out.numel() // len(branches)
-    names = seeds.tolist()
-    leaders = np.array([names.index(seed) for seed in names])
+    key, numel = np.uint64(param_id), out.numel() // len(out)
 
-    def sweep(first: int, begin: int, end: int) -> None:
-        part, to = runs[first:], targets[first:]
-        cpu_kernels.view(
-            words, kind, part, begin, end, key, seeds, scales, leaders, filled, out_kind, to, numel, stream, *made_of
-        )
+    def fill(branches: Branches) -> None:
+        seeds, scales, leaders = branches.seeds, branches.scales, branches.leaders
 
-    _spread(runs, len(set(names)), sweep)
+        def sweep(first: int, begin: int, end: int) -> None:
+            place = (words, kind, runs[first:], begin, end)
+            target = (filled, out_kind, targets[first:], numel)
+            cpu_kernels.view(*place, key, seeds, scales, leaders, *target, stream, *made_of)
+
+        _spread(runs, len(set(leaders.tolist())), sweep)
+
+    return fill

@@ -42,6 +42,7 @@ class Branches(Sequence[tuple[int, float]]):
     Attributes:
         whole: all branches of a step; first: the position of the first one here among them.
         seeds, scales: uint64 and float32, [branches].
+        leaders: int64 [branches], the first branch of the same seed.
 
     Raises:
         ValueError: there is none, or a seed is no integer of 64 bits.
@@ -56,15 +57,21 @@ class Branches(Sequence[tuple[int, float]]):
         else:
             here = slice(first, first + len(pairs))
             self.seeds, self.scales = whole.seeds[here], whole.scales[here]
+        names = self.seeds.tolist()
+        self.leaders = np.array([names.index(seed) for seed in names])
+        self._slices: dict[tuple[int | None, int | None], Branches] = {}
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, float]: ...
     @overload
     def __getitem__(self, index: slice) -> Branches: ...
     def __getitem__(self, index: int | slice) -> tuple[int, float] | Branches:
-        if isinstance(index, slice):
-            return Branches(self._pairs[index], self.whole, self.first + index.indices(len(self))[0])
-        return self._pairs[index]
+        if not isinstance(index, slice):
+            return self._pairs[index]
+        key = (index.start, index.stop)
+        if key not in self._slices:  # every parameter of a step asks for the same ones
+            self._slices[key] = Branches(self._pairs[index], self.whole, self.first + index.indices(len(self))[0])
+        return self._slices[key]
 
     def __len__(self) -> int:
         return len(self._pairs)

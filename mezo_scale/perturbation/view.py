@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.hooks import RemovableHandle
 
 from mezo_scale import collectives
 from mezo_scale.errors import ViewError
@@ -120,7 +119,7 @@ class View:
                 stack.enter_context(guarding(named, self._instead_of))
             self._give_to([*self._owned, *self._readers.by_module, *self._pairing.units])
             if len(branches) > 1:
-                self._watch_entries(stack)
+                self._watch_entries()
             elif not self._settled:
                 stack.enter_context(self._learn())
             self._watch_bypasses()
@@ -155,25 +154,30 @@ class View:
             self._memory = {}
             self._readers.settle()
 
-    def _watch_entries(self, stack: ExitStack) -> None:
-        """Before an outermost call: learn how it pairs. A hook, not a shadowed forward: it must precede FSDP's own."""
-        # Given first: a call has looked up its forward before the hook learns that the module is a unit.
+    def _watch_entries(self) -> None:
+        """Before an outermost call: learn how it pairs. Around the whole call, not its forward: FSDP's hooks come in
+        between. (Hooks would do, if to register hundreds of them did not take as long as to run a layer.)"""
+        # Given first: a call has looked up its forward before it is learned that the module is a unit.
         self._give_to(self._callable)
-        handles: list[RemovableHandle] = []
-        stack.callback(_remove, handles)
-        for module in self._callable:
-            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        calls = [(module, *self._watched(module)) for module in self._callable]
+        self._opened.enter_context(standing_in(calls))
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._entry is not None or self._learning or len(self._runner.active) == 1:
-            return
-        self._entry = module
-        try:
-            self._learn_call(module, args, kwargs)
-        except BaseException:
-            self._entry = None
-            raise
+    def _watched(self, module: nn.Module) -> tuple[str, Callable[..., Any]]:
+        """What a call of a module comes to, by its name in torch's Module, and what takes its place."""
+        name = "_call_impl" if module._compiled_call_impl is None else "_compiled_call_impl"
+        original: Callable[..., Any] = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._entry is not None or self._learning or len(self._runner.active) == 1:
+                return original(*args, **kwargs)
+            self._entry = module
+            try:
+                self._learn_call(module, args, kwargs)
+                return original(*args, **kwargs)
+            finally:
+                self._entry = None
+
+        return name, call
 
     def _learn_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows of an outermost call and, the first time, what divides in it. Where weights are gathered in a forward,
@@ -212,10 +216,6 @@ class View:
         self._pairing.settle(module, args, kwargs, calls, self._readers.by_module)
         self._give_to([*self._readers.by_module, *self._pairing.units])
         self._watch_bypasses()
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self._entry and not self._learning:
-            self._entry = None
 
     # -- running modules -------------------------------------------------------------------------------------------
 
@@ -334,11 +334,6 @@ class View:
                 "as an attribute of its module"
             )
         return None
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _memory_of(tensor: Tensor) -> int | None:

@@ -26,6 +26,40 @@ Branch = tuple[int, float]
 """(seed, scale): the weights are theta + scale * z(seed)."""
 
 
+class Place:
+    """Where a weight lies and where its branches are put: looked at once, and used for as long as it stays so.
+
+    Attributes:
+        out: [branches, *weight.shape].
+        parts: of each branch, with a count of its own of what writes it.
+        fill: fill(weight, branches).
+    """
+
+    __slots__ = ("_is", "fill", "out", "parts")
+
+    def __init__(self, weight: Tensor, perturbed: Perturbed, out: Tensor) -> None:
+        self.out = out
+        self.parts = [part.data for part in out]
+        self._is = _lies(weight)
+        if self._is is not None:
+            self.fill = perturbed.filling(weight, out)
+        else:
+            self.fill = lambda weight, branches: perturbed.view(weight.detach().contiguous(), branches, out)
+
+    def is_for(self, weight: Tensor, out: Tensor) -> bool:
+        """Whether all lies as it did, and nothing has written to what is handed out."""
+        if out is not self.out or self._is is None or self._is != _lies(weight):
+            return False
+        return not any(part._version for part in self.parts)
+
+
+def _lies(weight: Tensor) -> tuple[object, ...] | None:
+    """Where a weight's numbers are; None: it has no memory, or is not contiguous there."""
+    if isinstance(weight, FakeTensor) or not weight.is_contiguous():
+        return None
+    return weight.data_ptr(), weight.shape, weight.dtype, weight.device
+
+
 class Weights:
     """Makes theta + scale * z(seed) of single parameters.
 
@@ -39,7 +73,6 @@ class Weights:
         self.dtype = dtype
         self.noise = noise
         self.scratch = scratch
-        self._sites: dict[Site, Perturbed] = {}
 
     def perturb(self, site: Site, branches: Branches, *, keep: bool = False, wide: bool = False) -> list[Tensor]:
         """The site's weight in each branch; branches with one seed share one generation of z.
@@ -51,21 +84,26 @@ class Weights:
         """
         with torch._C.DisableTorchFunction():
             weight = stored(site)
-            held = local.local_of(weight).detach().contiguous()
+            held = local.local_of(weight)
             dtype = torch.float32 if wide else self.dtype_of(held)
             shape = (len(branches), *held.shape)
             if keep:
                 with torch.inference_mode(False):  # there tensors do not count what is written to them
-                    out = torch.empty(shape, dtype=dtype, device=held.device)
+                    place = self._place(site, weight, torch.empty(shape, dtype=dtype, device=held.device))
             else:
                 out = self.scratch.take(shape, dtype, held.device)
-            perturbed = self._sites.get(site)
-            if perturbed is None or not perturbed.fits(held):
-                runs, shape = local.runs_held(weight), tuple(weight.shape)
-                perturbed = Perturbed.of(held, site.param_id, runs=runs, noise=self.noise, shape=shape)
-                self._sites[site] = perturbed
-            perturbed.view(held, branches, out)
-            return [local.like(part.data, weight) for part in out]  # data: with a count of its own of what writes it
+                known = self.scratch.notes.get((site, len(branches)))
+                place = known if known is not None and known.is_for(held, out) else self._place(site, weight, out)
+                if place is not known and self.scratch.holds(out):
+                    self.scratch.notes[site, len(branches)] = place
+            place.fill(held, branches)
+            return place.parts if held is weight else [local.like(part, weight) for part in place.parts]
+
+    def _place(self, site: Site, weight: Tensor, out: Tensor) -> Place:
+        held = local.local_of(weight).detach()
+        runs, shape = local.runs_held(weight), tuple(weight.shape)
+        perturbed = Perturbed.of(held.contiguous(), site.param_id, runs=runs, noise=self.noise, shape=shape)
+        return Place(held, perturbed, out)
 
     def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:
         """Rows of a perturbed table: only those that are looked up are made."""
