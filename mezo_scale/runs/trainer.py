@@ -32,7 +32,7 @@ from mezo_scale.runs.first_eps import eps_of
 from mezo_scale.runs.fitness import check_model
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
-from mezo_scale.runs.metrics import Metrics
+from mezo_scale.runs.metrics import Metrics, filling
 from mezo_scale.runs.next_commands import commands, train_command
 from mezo_scale.runs.on_dev import OnDev
 from mezo_scale.runs.rehearsal import rehearse
@@ -280,11 +280,14 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        loss = optimizer.step(batch=self._batch(step), objective=self.objective, micro_batch=recipe.train.micro_batch)
+        batch = self._collated(step)
+        moved = to_device(batch, self.loaded.device)
+        loss = optimizer.step(batch=moved, objective=self.objective, micro_batch=recipe.train.micro_batch)
         seconds = time.perf_counter() - start
         record = optimizer.last_record
         assert record is not None, "a step was just taken"
         values = {"projected_grads": list(record.projected_grads), "lr": lr, "seconds": seconds}
+        values |= filling(batch, seconds)
         metrics.log_step(step + 1, optimizer.last_signal, loss=loss, **values, skipped=record.skipped)
         skips.count(record)
         progress.advance(step + 1, loss, skips.total)
@@ -323,7 +326,10 @@ class Trainer:
         return order_of(self.recipe, self.kind, self.splits.train)
 
     def _batch(self, step: int) -> Batch:
-        """This rank's rows of a step."""
+        """This rank's rows of a step, on its device."""
+        return to_device(self._collated(step), self.loaded.device)
+
+    def _collated(self, step: int) -> Batch:
         axes = self.loaded.strategy.axes
         rows = self.order.step(step)
         mine = share(np.arange(len(rows)), axes.rows_rank(self.world.rank), axes.rows_size)
@@ -332,7 +338,7 @@ class Trainer:
             # By a row's place in the step: so it does not matter which rank has it.
             seed = self.recipe.optimizer.seed
             batch["seeds"] = [direction_seed(seed, step, _WRITING + int(place)) for place in mine]
-        return to_device(batch, self.loaded.device)
+        return batch
 
     def _micro_batch(self, step: int) -> Batch:
         """The first of this rank's rows of a step, as many as run at once."""

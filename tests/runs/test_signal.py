@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs import metrics
+from mezo_scale.runs.learning import order_of
 from mezo_scale.runs.session import train
+from mezo_scale.runs.splits import EncodedSplits, prepare
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -45,3 +48,23 @@ def test_a_run_of_one_side_has_no_line_of_it(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("estimator=one_sided", "num_directions=2", "steps=1", "eval_every=0", "checkpoint=false")
     train(recipe)
     assert "signal" not in lines_of(recipe)[0]
+
+
+def test_tokens_per_second_and_padding_are_those_of_the_rows_of_the_step(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("batch_size=6", "steps=2", "eval_every=0", "checkpoint=false")
+    train(recipe)
+    recipe, kind = prepare(recipe)
+    rows = EncodedSplits.read(recipe, kind).train
+    order = order_of(recipe, kind, rows)
+    for step, line in enumerate(lines_of(recipe)):
+        lengths = [len(rows[row].prompt) for row in order.step(step)]
+        width = kind.collate([rows[row] for row in order.step(step)])["input_ids"].shape[1]
+        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(sum(lengths))
+        assert line["padding"] == pytest.approx(1 - sum(lengths) / (6 * width))
+        assert 0 < line["padding"] < 1
+
+
+def test_of_images_there_are_no_tokens_and_a_whole_text_counts_where_no_prompt_is_run() -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert metrics.filling({"pixel_values": torch.zeros(2, 3, 4, 4)}, 2.0) == {}
+    assert metrics.filling({"whole_mask": mask}, 2.0) == {"tokens_per_second": 2.5, "padding": pytest.approx(1 / 6)}
