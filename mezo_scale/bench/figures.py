@@ -25,6 +25,8 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         step_s, low_s, high_s: median, 10th and 90th percentile of the rounds.
         ratio, ratio_low, ratio_high: step over two bare forwards per direction, within each round; the same three.
         tokens_s: of all ranks together, each token once however many branches see it.
+        of_matmul: the operations of a step's forward passes, over those that ranks which only multiply would do in its
+            time; of rows of old, of rivals and of models that are gone none.
         peak_gib, planned_gib: of the largest rank; on a CPU, what its process takes beyond Python, torch and the rest.
         stored_gib: of the shards.
         gathered, planned_gathered: bytes that the step's all-gathers fill on a rank.
@@ -65,8 +67,21 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
         "gathers": gathered / once if once else 0.0,
         "rounds": len(step),
         **planned(cell),
+        "of_matmul": _of_matmul(cell, row),
         **{name: row[name] for name in _KEPT},
     }
+
+
+def _of_matmul(cell: Cell, row: dict[str, Any]) -> float | None:
+    rate = row.get("matmul_tflops")
+    if rate is None or cell.method != "mezo":
+        return None
+    try:
+        forward = forward_flops(architecture_of(cell.model), cell.rows // cell.world_size, cell.tokens)
+    except (RecipeError, ModelError):
+        return None
+    step_s = float(np.median(row["step_s"]))
+    return float(2 * cell.num_directions * forward / step_s / (rate * 1e12))
 
 
 @lru_cache

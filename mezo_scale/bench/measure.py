@@ -52,6 +52,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
         step_collectives, forward_collectives: see `counting.summed`; of this rank in one step, and in one bare forward.
         waited: part of that time for which the unluckiest rank had work but no core: other programs had it.
         layer_bytes, gather_s: of a decoder layer as it is gathered; seconds of gathering that much. None on one rank.
+        matmul_tflops: of a rank that only multiplies square matrices, while the others do the same; of the slowest.
     """
     memory = PeakMemory(world.device)
     if cell.memory_cap_gib is not None and world.device.type == "cuda":
@@ -92,6 +93,7 @@ def measure(cell: Cell, rounds: int, world: World) -> dict[str, Any]:
         "layers": layers,
         "layer_bytes": layer_bytes,
         "gather_s": _gather_seconds(layer_bytes, rounds, world),
+        "matmul_tflops": _matmul_tflops(cell, rounds, world),
         "step_collectives": summed(whole.collectives),
         "forward_collectives": summed(bare.collectives),
         "device_type": world.device.type,
@@ -166,6 +168,16 @@ def _gather_seconds(nbytes: int, rounds: int, world: World) -> float | None:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     timed = _interleave({"gather": lambda: gather(whole, mine)}, rounds, world)
     return float(np.median(timed["gather"]))
+
+
+def _matmul_tflops(cell: Cell, rounds: int, world: World) -> float:
+    """What multiplying square matrices reaches in the dtype that layers compute in."""
+    size, dtype = (1024 if world.device.type == "cpu" else 8192), getattr(torch, cell.compute_dtype or cell.dtype)
+    one, other = torch.randn(2, size, size, device=world.device).to(dtype)
+    out = torch.empty_like(one)
+    timed = _interleave({"matmul": lambda: torch.mm(one, other, out=out)}, rounds, world)
+    (seconds,) = _largest([float(np.median(timed["matmul"]))])
+    return 2 * size**3 / seconds / 1e12
 
 
 def _size(model: nn.Module, cell: Cell) -> tuple[int, int, int]:

@@ -94,6 +94,8 @@ def _scaling(cells: pd.DataFrame) -> Iterator[str]:
         shown["s/step"] = _spread(mine, "step_s", "low_s", "high_s")
         shown["x two forwards"] = _spread(mine, "ratio", "ratio_low", "ratio_high")
         shown["tokens/s"] = mine["tokens_s"].map("{:,.0f}".format)
+        if mine["of_matmul"].notna().any():
+            shown["of matmul rate"] = _text(mine["of_matmul"], "{:.0%}")
         shown["efficiency"] = _text(mine[kind], "{:.0%}")
         yield from _table(shown)
         against = mine.dropna(subset=f"{kind}_against").groupby("strategy")[f"{kind}_against"].first()

@@ -1,6 +1,7 @@
 """What is said of a sweep's rows: medians, ratios, efficiency, rivals, the plan beside them, and the report."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def only(cells: pd.DataFrame, **wanted: Any) -> Any:
         cells = cells[cells[name] == value]
     (found,) = cells.itertuples()
     return found
+
+
+def test_how_near_a_step_comes_to_ranks_that_only_multiply() -> None:
+    """Four rows a rank: each layer's 7,087,872 weights once per token, and attention over 16 tokens."""
+    each = 2 * 12 * (2 * 7_087_872 + 4 * 768 * 16) * 4 * 16
+    rates = {"matmul_tflops": 0.2}
+    found = frame([row("fsdp2", 2, 8, 0.5, **rates), row("single", 1, 4, 0.5)])
+    assert only(found, world_size=2).of_matmul == pytest.approx(each / 0.5 / 0.2e12)
+    assert math.isnan(only(found, world_size=1).of_matmul)
 
 
 def test_ratios_are_taken_within_each_round() -> None:
