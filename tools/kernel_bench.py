@@ -259,7 +259,7 @@ def save(table: list[Figure], folder: pathlib.Path, device: torch.device) -> pat
         "date": now.strftime("%Y-%m-%d %H:%M"),
         "hardware": f"{device_name(device)}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m", f"tools.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"kernels_{device.type}_{now:%Y%m%d}.csv"
