@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_LARGE = 1 << 20  # bytes of a block from which on it is mapped by itself
+_LARGE = 2 << 20  # bytes of a block from which on it is mapped by itself: those that torch puts into huge pages
 _TOP = 64 << 20  # free bytes at the heap's end from which on they go back to the system
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
