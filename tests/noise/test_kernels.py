@@ -247,3 +247,7 @@ def test_compiled_for_a_gpu_only_what_the_specification_allows_is_fused() -> Non
         assert ptx.count("fma.rn.f32") == ptx.count("fma") == 2 * pairs * fused
         assert ("sqrt.rn" in ptx) is not constants["ptx"]
         assert ptx.count(".approx") == ptx.count("rsqrt.approx.ftz.f32") == 2 * pairs * constants["ptx"]
+
+
+def test_steps_by_way_of_the_view_have_the_references_bits(differ: Differ) -> None:
+    assert differ(noise_cases.steps_differ) == 0
