@@ -11,7 +11,7 @@
 - A world in which a call failed, or took longer than its timeout, is killed and started anew when next asked for. So is
   one that has answered many calls: each process group that it made keeps a thread that wakes at 100 Hz.
 - `fresh=True` starts a world for this call alone: for functions that kill processes or spoil global state.
-- `first=n` puts rank 0 in the n-th interpreter, the others after it: other processes, with other hash seeds.
+- Ranks take turns in two interpreters, so neighbours have other hash seeds; `first=1` gives each rank the other one.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ from tests.support.worker import Fork, Kill
 T = TypeVar("T")
 
 MAX_RANKS = 4
-START_TIMEOUT_S = 240  # four interpreters import torch, transformers and deepspeed on two cores
+INTERPRETERS = 2  # each takes as much to begin as twenty tests
+START_TIMEOUT_S = 240  # interpreters import torch, transformers and deepspeed on two cores
 CALLS = 40  # that a world answers
 GRACE_S = 3  # for the other ranks, after one has failed
 
@@ -227,11 +228,11 @@ class Ranks:
         self._folder.cleanup()
 
     def _start(self, world_size: int, first: int) -> World:
-        # Their imports take seconds and run side by side, so a larger world than the first costs no new wait.
-        while len(self._nurseries) < self._max_ranks:
+        # Their imports take seconds and run side by side.
+        while len(self._nurseries) < INTERPRETERS:
             self._nurseries.append(Nursery())
         self._started += 1
         folder = pathlib.Path(self._folder.name) / f"world{self._started}-of-{world_size}"
         folder.mkdir()
-        hosts = [self._nurseries[(first + rank) % self._max_ranks] for rank in range(world_size)]
+        hosts = [self._nurseries[(first + rank) % INTERPRETERS] for rank in range(world_size)]
         return World(hosts, folder)

@@ -1,7 +1,7 @@
-"""The processes behind `pool.Ranks`: a nursery per rank forks a worker per world.
+"""The processes behind `pool.Ranks`: nurseries, which fork a worker for each rank of a world.
 
 A nursery pays for imports and kernels once and starts no thread, so a fork of it is a ready worker in milliseconds.
-One nursery per rank, because a hash seed belongs to an interpreter and every rank shall have its own. Both end when the
+There are two, because a hash seed belongs to an interpreter and no rank shall have its neighbour's. They end when the
 test process does: a nursery reads end-of-file, kills its workers by their ids and leaves.
 
 Run by the pool as: python -m tests.support.worker CONTROL_FD
