@@ -229,10 +229,11 @@ class Ranks:
 
     def _start(self, world_size: int, first: int) -> World:
         # Their imports take seconds and run side by side.
-        while len(self._nurseries) < INTERPRETERS:
+        count = min(INTERPRETERS, self._max_ranks)
+        while len(self._nurseries) < count:
             self._nurseries.append(Nursery())
         self._started += 1
         folder = pathlib.Path(self._folder.name) / f"world{self._started}-of-{world_size}"
         folder.mkdir()
-        hosts = [self._nurseries[(first + rank) % INTERPRETERS] for rank in range(world_size)]
+        hosts = [self._nurseries[(first + rank) % count] for rank in range(world_size)]
         return World(hosts, folder)
