@@ -57,7 +57,7 @@ def run(
     out = comparison.out
     RunDirectory(out / "logs").create()
     names = [cell.name for cell in comparison.cells]
-    failed = {} if retry_failed else {name: why for name, why in _read_failed(out).items() if name in names}
+    failed = {} if retry_failed else _without_result(comparison, _read_failed(out))
     left = [cell for cell in comparison.cells if cell.name not in failed and not finished(cell)]
     if len(left) < len(names):
         say(f"{len(left)} of {len(names)} runs are left: the others have a result or have failed")
@@ -76,7 +76,12 @@ def run(
                 failed[cell.name] = reason
                 say(f"    failed: {reason}")
             replace_file(out / FAILED, json.dumps(failed, indent=2) + "\n")
-    return failed
+    return _without_result(comparison, failed)
+
+
+def _without_result(comparison: Comparison, failed: dict[str, str]) -> dict[str, str]:
+    """Less the cells that have a result by now: of one that failed because another comparison was at it, that one's."""
+    return {cell.name: failed[cell.name] for cell in comparison.cells if cell.name in failed and not finished(cell)}
 
 
 def finished(cell: Cell) -> bool:

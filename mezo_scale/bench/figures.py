@@ -26,7 +26,7 @@ def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         ratio, ratio_low, ratio_high: step over two bare forwards per direction, within each round; the same three.
         tokens_s: of all ranks together, each token once however many branches see it.
         of_matmul: the operations of a step's forward passes, over those that ranks which only multiply would do in its
-            time; of rows of old, of rivals and of models that are gone none.
+            time. Rivals have none, nor rows that were measured before it was, nor models that are gone.
         peak_gib, planned_gib: of the largest rank; on a CPU, what its process takes beyond Python, torch and the rest.
         stored_gib: of the shards.
         gathered, planned_gathered: bytes that the step's all-gathers fill on a rank.

@@ -172,8 +172,8 @@ def _gather_seconds(nbytes: int, rounds: int, world: World) -> float | None:
 
 def _matmul_tflops(cell: Cell, rounds: int, world: World) -> float:
     """What multiplying square matrices reaches in the dtype that layers compute in."""
-    size, dtype = (1024 if world.device.type == "cpu" else 8192), getattr(torch, cell.compute_dtype or cell.dtype)
-    one, other = torch.randn(2, size, size, device=world.device).to(dtype)
+    size, dtype = (1024 if world.device.type == "cpu" else 4096), getattr(torch, cell.compute_dtype or cell.dtype)
+    one, other = torch.randn(2, size, size, dtype=dtype, device=world.device)  # beside a model that may fill the device
     out = torch.empty_like(one)
     timed = _interleave({"matmul": lambda: torch.mm(one, other, out=out)}, rounds, world)
     (seconds,) = _largest([float(np.median(timed["matmul"]))])

@@ -304,6 +304,21 @@ def test_two_comparisons_in_one_folder_do_not_spoil_each_other(tmp_path: Path, t
     assert recipes.load(tmp_path / "out" / "adamw-seed0").train.objective == "candidates"
 
 
+def test_a_run_that_another_comparison_was_at_has_that_ones_result(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["compare"] = {"methods": {"zero-shot": METHODS["zero-shot"], "probe": METHODS["probe"]}}
+    del tree["train"]
+    asked = comparison.load(write(tmp_path, tree))
+
+    def is_taken(cell: Cell, log: Path, processes: int | None) -> str | None:
+        return "is being written by process 7" if cell.label == "zero-shot" else start(cell, log, processes)
+
+    assert comparing.run(asked, start=is_taken) == {"zero-shot": "is being written by process 7"}
+    train(asked.cells[0].recipe)  # the other one ends
+    said: list[str] = []
+    assert comparing.run(asked, start=start, say=said.append) == {}
+    assert said == ["0 of 2 runs are left: the others have a result or have failed"]
+
+
 def test_the_command_runs_each_cell_in_processes_of_its_own(
     run: Run, tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,44 +333,3 @@ def test_the_command_runs_each_cell_in_processes_of_its_own(
     assert RunDirectory(tmp_path / "out" / "zero-shot").report.is_file()
     monkeypatch.setattr(sys, "executable", "/bin/false")  # what is done is not begun again
     assert run("compare", tmp_path / "compare.yaml")[0] == 0
-
-
-@pytest.mark.parametrize("name", comparison.shipped())
-def test_the_papers_settings_that_come_along_are_valid(run: Run, name: str, tmp_path: Path) -> None:
-    code, text, _ = run("recipe", "--example", name)
-    assert code == 0
-    (tmp_path / f"{name}.yaml").write_text(text)
-    asked = comparison.load(tmp_path / f"{name}.yaml")
-    assert asked.cells == comparison.load(name).cells
-    assert {"mezo", "mezo-lora"} <= {cell.label for cell in asked.cells}
-
-
-def test_the_comparison_that_the_page_shows_is_one(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "compare.md").read_text()
-    (text,) = re.findall(r"^```yml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    (tmp_path / "compare.yaml").write_text(text)
-    assert len(comparison.load(tmp_path / "compare.yaml").cells) == 1 + 3 + 1 + 6 + 6
-
-
-def test_the_papers_grids_are_the_papers() -> None:
-    def rates(name: str, label: str) -> list[float]:
-        return [cell.lr for cell in comparison.load(name).cells if cell.label == label and cell.lr is not None]
-
-    assert rates("opt", "mezo") == [1e-6, 1e-7]
-    assert rates("opt-written", "mezo") == [1e-6, 5e-7, 1e-7]
-    assert rates("opt", "mezo-prefix") == [1e-2, 1e-3]
-    assert rates("opt", "ft") == [1e-5, 5e-5, 8e-5]
-    roberta = comparison.load("roberta").cells
-    assert sorted({cell.recipe.task.split_seed for cell in roberta}) == [13, 21, 42, 87, 100]
-    assert {(cell.recipe.train.batch_size, cell.recipe.train.steps) for cell in roberta if cell.label == "mezo"} == {
-        (64, 100_000)
-    }
-    assert {cell.recipe.task.template for cell in roberta} == {None}  # the model is asked the task's own cloze
-
-
-def test_an_example_that_there_is_not_is_refused(run: Run) -> None:
-    assert run("recipe", "--example", "gpt") == (
-        2,
-        "",
-        "error: --example: found 'gpt', expected opt, opt-written, roberta\n",
-    )

@@ -43,6 +43,19 @@ for size in (300, 700, 1100, 1500, 1900, 2040):
 """
 
 
+def printed_by(program: str) -> list[int]:
+    """The numbers that a program prints which runs alone, in an environment that leaves the allocator as it is."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
 def test_a_peak_is_that_of_the_stretch_since_the_reset() -> None:
     memory = PeakMemory(torch.device("cpu"))
     block = torch.ones(1 << 26)  # 256 MiB
@@ -54,29 +67,13 @@ def test_a_peak_is_that_of_the_stretch_since_the_reset() -> None:
 
 
 def test_a_process_does_not_grow_with_the_blocks_that_it_frees() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", STEPS],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    grown_mib, _ = map(int, done.stdout.split())
+    grown_mib, _ = printed_by(STEPS)
     assert grown_mib < 64
 
 
 def test_blocks_too_small_for_huge_pages_are_not_mapped_anew_each_time() -> None:
     """A step of a small batch has thousands of them, and to fault them in page by page took a quarter of its time."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert max(map(int, done.stdout.split())) < 20  # faults for each block; 1,900 KiB are 475 pages
+    assert max(printed_by(FAULTS)) < 20  # faults for each block; 1,900 KiB are 475 pages
 
 
 def test_inside_the_collector_looks_at_what_was_made_inside_and_afterwards_at_all() -> None:
