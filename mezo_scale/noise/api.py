@@ -13,47 +13,22 @@ stays a NaN, but its payload is not promised.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from mezo_scale.noise import check, fake, reference, spec
+from mezo_scale.noise import check, reference, spec
+from mezo_scale.noise.dispatch import draw_factors, given, kernels_of, kernels_on, sweeps_of
 from mezo_scale.noise.kind import NORMAL, Noise
 from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.parts import Branches, Part
+from mezo_scale.noise.writing import write_all_
 
 Runs = npt.NDArray[np.int64]
-FACTORS = 1 << 22  # numbers of factors that a sweep over several steps holds at once: 16 MiB
-
-
-def _kernels_for(tensor: Tensor) -> ModuleType:
-    return fake if isinstance(tensor, FakeTensor) else _kernels_on(tensor.device.type)
-
-
-def _kernels(device: torch.device) -> ModuleType:
-    return _kernels_on(device.type)
-
-
-@cache
-def _kernels_on(device: str) -> ModuleType:
-    # Imported on first use: Numba and Triton each take a second to import.
-    if device == "cpu" and importlib.util.find_spec("numba"):
-        from mezo_scale.noise import cpu
-
-        return cpu
-    if device in ("cuda", "xpu") and importlib.util.find_spec("triton"):
-        from mezo_scale.noise import cuda
-
-        return cuda
-    return reference
 
 
 def normal(seed: int, param_id: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -77,7 +52,9 @@ def _span(seed: int, param_id: int, start: int, count: int, device: torch.device
     check.identity(seed, param_id)
     check.span(start, count)
     place = torch.device(device)
-    drawn: Tensor = _kernels(place).draw(np.array([seed], dtype=np.uint64), param_id, stream, start, count, place)
+    drawn: Tensor = kernels_on(place.type).draw(
+        np.array([seed], dtype=np.uint64), param_id, stream, start, count, place
+    )
     return drawn[0]
 
 
@@ -91,26 +68,7 @@ def factors(weight: Tensor, param_id: int, seeds: Sequence[int], *, noise: Noise
         check.identity(seed, param_id)
     check.stream(noise)
     words = np.array(seeds, dtype=np.uint64)
-    rank = noise.rank_of(weight.shape)
-    return _factors(words, param_id, rank, weight.shape, noise, _kernels_for(weight), weight.device)
-
-
-def _factors(
-    seeds: npt.NDArray[np.uint64],
-    param_id: int,
-    rank: int | None,
-    shape: Sequence[int],
-    noise: Noise,
-    kernels: ModuleType,
-    device: torch.device,
-) -> Factors | None:
-    if rank is None:
-        return None
-    u, v = (
-        kernels.draw(seeds, param_id, noise.stream + side, 0, rank * size, device).view(len(seeds), rank, size)
-        for side, size in zip((spec.LEFT, spec.RIGHT), shape, strict=True)
-    )
-    return Factors(u, v)
+    return draw_factors(words, param_id, noise.rank_of(weight.shape), weight.shape, noise, weight)
 
 
 def write_(
@@ -174,58 +132,6 @@ def part_of(
     return Part(local, runs, param_id, remainder, alphas, decays, tuple(shape or ()), rank)
 
 
-def write_all_(
-    parts: Sequence[Part],
-    seeds: npt.NDArray[np.uint64],
-    alphas: npt.NDArray[np.float32],
-    decays: npt.NDArray[np.float32],
-    *,
-    stochastic: bool = False,
-    noise: Noise = NORMAL,
-) -> None:
-    """`write_` of many shards; on a GPU in one launch for all that are stored alike. Nothing is checked here.
-
-    seeds: [S, K]; alphas: [groups, S, K]; decays: [rows, S]; each part says which of the last two are its own.
-    """
-    parts = [part for part in parts if len(part.runs)]
-    if not len(seeds):
-        return
-    dense: dict[ModuleType, list[Part]] = {}
-    with torch.no_grad():
-        for part in parts:
-            kernels = _kernels_for(part.local)
-            if part.rank is None and hasattr(kernels, "write_all_"):
-                dense.setdefault(kernels, []).append(part)
-            else:
-                _write_(part, kernels, seeds, alphas[part.alphas], decays[part.decays], stochastic, noise)
-        for kernels, alike in dense.items():
-            kernels.write_all_(alike, seeds, alphas, decays, stochastic, noise.stream)
-
-
-def _write_(
-    part: Part,
-    kernels: ModuleType,
-    seeds: npt.NDArray[np.uint64],
-    alphas: npt.NDArray[np.float32],
-    decays: npt.NDArray[np.float32],
-    stochastic: bool,
-    noise: Noise,
-) -> None:
-    local, rank, shape = part.local, part.rank, part.shape
-    sweeps = _sweeps_for(local, rank)
-    at_once = len(seeds) if rank is None else max(1, FACTORS // (seeds.shape[1] * rank * sum(shape)))
-    for first in range(0, len(seeds), at_once):
-        some = slice(first, first + at_once)
-        drawn = _factors(seeds[some].ravel(), part.param_id, rank, shape, noise, kernels, local.device)
-        steps = (np.ascontiguousarray(array[some]) for array in (seeds, alphas, decays))
-        sweeps.write_(local, part.runs, part.param_id, *steps, part.remainder, stochastic, noise.stream, *_given(drawn))
-
-
-def _given(drawn: Factors | None) -> tuple[Factors, ...]:
-    """As an argument for sweeps that may know no factors."""
-    return () if drawn is None else (drawn,)
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class Perturbed:
     """A parameter whose perturbed copies are made time and again: `view` without its checks.
@@ -241,7 +147,6 @@ class Perturbed:
     shape: tuple[int, ...]
     rank: int | None
     numel: int
-    device: torch.device
 
     @classmethod
     def of(
@@ -262,11 +167,11 @@ class Perturbed:
         shape = tuple(weight.shape if shape is None else shape)
         is_whole = int(runs[:, 2].sum()) == weight.numel()
         rank = check.rank(noise, shape, runs)
-        return cls(param_id, runs, is_whole, noise, shape, rank, weight.numel(), weight.device)
+        return cls(param_id, runs, is_whole, noise, shape, rank, weight.numel())
 
     def filling(self, weight: Tensor, out: Tensor) -> Callable[[Tensor, Branches], None]:
         """`view` into one place: fill(weight, branches), for as long as both tensors lie where they lie."""
-        kernels = _kernels_for(weight)
+        kernels = kernels_of(weight)
         if self.is_whole and self.numel and self.rank is None and hasattr(kernels, "filling"):
             fill = kernels.filling(weight, self.runs, self.param_id, out, self.noise.stream)
             return lambda _, branches: fill(branches)
@@ -278,10 +183,9 @@ class Perturbed:
                 out.copy_(weight.expand_as(out))
             if not self.numel:
                 return
-            kernels = _kernels_for(weight)
-            drawn = _factors(branches.seeds, self.param_id, self.rank, self.shape, self.noise, kernels, self.device)
-            sweeps = _sweeps_for(weight, self.rank)
-            sweeps.view(weight, self.runs, self.param_id, branches, out, self.noise.stream, *_given(drawn))
+            drawn = given(draw_factors(branches.seeds, self.param_id, self.rank, self.shape, self.noise, weight))
+            sweeps = sweeps_of(weight, self.rank)
+            sweeps.view(weight, self.runs, self.param_id, branches, out, self.noise.stream, *drawn)
 
 
 def view(
@@ -304,9 +208,9 @@ def view(
     Raises ValueError, naming the argument, before anything is written.
     """
     perturbed = Perturbed.of(weight, param_id, runs=runs, noise=noise, shape=shape)
-    given = branches if isinstance(branches, Branches) else Branches(branches)
-    check.output(out, (len(given), *weight.shape), weight.device)
-    perturbed.view(weight, given, out)
+    named = branches if isinstance(branches, Branches) else Branches(branches)
+    check.output(out, (len(named), *weight.shape), weight.device)
+    perturbed.view(weight, named, out)
 
 
 def rows(
@@ -329,18 +233,12 @@ def rows(
     check.identity(0, param_id)
     if table.dim() < 1:
         raise ValueError("table has no dimensions, expected at least 1")
-    given = branches if isinstance(branches, Branches) else Branches(branches)
-    check.ids(ids, len(given), table)
+    named = branches if isinstance(branches, Branches) else Branches(branches)
+    check.ids(ids, len(named), table)
     check.output(out, (*ids.shape, *table.shape[1:]), table.device)
     stream = check.stream(noise)
     rank = noise.rank_of(table.shape)
     with torch.no_grad():
         if out.numel():
-            drawn = _factors(given.seeds, param_id, rank, table.shape, noise, _kernels_for(table), table.device)
-            _sweeps_for(table, rank).rows(table, param_id, given, ids, out, stream, *_given(drawn))
-
-
-def _sweeps_for(tensor: Tensor, rank: int | None) -> ModuleType:
-    """What sweeps over a tensor; on a GPU no kernel multiplies factors yet."""
-    kernels = _kernels_for(tensor)
-    return kernels if rank is None or kernels.TAKES_FACTORS else reference
+            drawn = given(draw_factors(named.seeds, param_id, rank, table.shape, noise, table))
+            sweeps_of(table, rank).rows(table, param_id, named, ids, out, stream, *drawn)

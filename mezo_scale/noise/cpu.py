@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from mezo_scale.noise import cpu_kernels
 from mezo_scale.noise.cpu_jit import memory_of
 from mezo_scale.noise.cpu_kernels import BFLOAT16, FLOAT16, FLOAT32, MASTER
 from mezo_scale.noise.low_rank import Factors
-from mezo_scale.noise.parts import Branches
+from mezo_scale.noise.parts import Branches, Part
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 TAKES_FACTORS = True  # whether the sweeps know low-rank noise
@@ -37,29 +38,53 @@ def _pool(pid: int, helpers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(helpers, thread_name_prefix="mezo-noise")
 
 
-def _spread(runs: Runs, draws: int, sweep: Callable[[int, int, int], None]) -> None:
-    """Call sweep(first run, begin, end) on parts of the runs laid end to end, begin and end counted from that run.
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """A sweep over runs laid end to end.
+
+    Attributes:
+        draws: values generated for each element.
+        sweep: sweep(first run, begin, end), on a part of them; begin and end are counted from that run.
+    """
+
+    runs: Runs
+    draws: int
+    sweep: Callable[[int, int, int], None]
+
+    def parts(self, size: int) -> Iterator[Callable[[], None]]:
+        """The sweep cut into parts of `size` elements."""
+        ends = np.cumsum(self.runs[:, 2])
+        bounds = np.append(np.arange(0, ends[-1], size), ends[-1])
+        first = np.searchsorted(ends, bounds[:-1], side="right")
+        before = ends[first] - self.runs[first, 2]
+        places = (first, bounds[:-1] - before, bounds[1:] - before)
+        for place in zip(*(array.tolist() for array in places), strict=True):
+            yield partial(self.sweep, *place)
+
+    @property
+    def total(self) -> int:
+        return int(self.runs[0, 2]) if len(self.runs) == 1 else int(self.runs[:, 2].sum())
+
+
+def _spread(*jobs: Job) -> None:
+    """Run all jobs, in parts on as many threads as torch has.
 
     The calling thread works too, and whoever is free takes the next part: helpers that wake late, because torch's own
     threads still spin after the last product or another process holds their core, are not waited for.
-
-    draws: values generated for each element.
     """
-    total = int(runs[0, 2]) if len(runs) == 1 else int(runs[:, 2].sum())
     threads = torch.get_num_threads()
-    if threads == 1 or total * draws < 2 * CHUNK:
-        return sweep(0, 0, total)
-    ends = np.cumsum(runs[:, 2])
-    size = max(CHUNK // draws, total // (8 * threads), 1)
-    bounds = np.append(np.arange(0, total, size), total)
-    first = np.searchsorted(ends, bounds[:-1], side="right")
-    before = ends[first] - runs[first, 2]
-    parts = deque(zip(first.tolist(), (bounds[:-1] - before).tolist(), (bounds[1:] - before).tolist(), strict=True))
+    total = sum(job.total * job.draws for job in jobs)
+    if threads == 1 or total < 2 * CHUNK:
+        for job in jobs:
+            job.sweep(0, 0, job.total)
+        return
+    size = max(CHUNK, total // (8 * threads))
+    parts = deque(part for job in jobs for part in job.parts(max(size // job.draws, 1)))
 
     def work() -> None:
         with suppress(IndexError):
             while True:
-                sweep(*parts.popleft())
+                parts.popleft()()
 
     pool = _pool(os.getpid(), threads - 1)
     helpers = [pool.submit(work) for _ in range(min(threads, len(parts)) - 1)]
@@ -81,16 +106,49 @@ def write_(
     stream: int,
     factors: Factors | None = None,
 ) -> None:
-    words, low, kind = memory_of(local, "u2"), np.empty(0, np.int16), KINDS[local.dtype]
-    if remainder is not None:
-        low, kind = memory_of(remainder, "i2"), MASTER
-    key, made_of = np.uint64(param_id), _arrays(factors)
+    part = Part(local, runs, param_id, remainder)
+    _spread(_writing(part, seeds, alphas, decays, stochastic, stream, factors))
+
+
+def write_all_(
+    parts: Sequence[Part],
+    seeds: npt.NDArray[np.uint64],
+    alphas: npt.NDArray[np.float32],
+    decays: npt.NDArray[np.float32],
+    stochastic: bool,
+    stream: int,
+    factors: Sequence[Factors | None],
+) -> None:
+    """`write_` of several shards, one after the other, without a wait in between.
+
+    alphas: [groups, S, K]; decays: [rows, S]; each part says which. factors: of each part.
+    """
+    jobs = (
+        _writing(part, seeds, alphas[part.alphas], decays[part.decays], stochastic, stream, made_of)
+        for part, made_of in zip(parts, factors, strict=True)
+    )
+    _spread(*jobs)
+
+
+def _writing(
+    part: Part,
+    seeds: npt.NDArray[np.uint64],
+    alphas: npt.NDArray[np.float32],
+    decays: npt.NDArray[np.float32],
+    stochastic: bool,
+    stream: int,
+    factors: Factors | None,
+) -> Job:
+    words, low, kind = memory_of(part.local, "u2"), np.empty(0, np.int16), KINDS[part.local.dtype]
+    if part.remainder is not None:
+        low, kind = memory_of(part.remainder, "i2"), MASTER
+    key, made_of = np.uint64(part.param_id), _arrays(factors)
 
     def sweep(first: int, begin: int, end: int) -> None:
-        part = runs[first:]
-        cpu_kernels.write(words, low, kind, part, begin, end, key, seeds, alphas, decays, stochastic, stream, *made_of)
+        runs = part.runs[first:]
+        cpu_kernels.write(words, low, kind, runs, begin, end, key, seeds, alphas, decays, stochastic, stream, *made_of)
 
-    _spread(runs, seeds.size, sweep)
+    return Job(part.runs, seeds.size, sweep)
 
 
 def draw(
@@ -102,7 +160,7 @@ def draw(
     def sweep(first: int, begin: int, end: int) -> None:
         cpu_kernels.draw(out, seeds, key, stream, start, begin, end)
 
-    _spread(runs, len(seeds), sweep)
+    _spread(Job(runs, len(seeds), sweep))
     return torch.from_numpy(out)
 
 
@@ -170,6 +228,6 @@ def _filling(
             target = (filled, out_kind, targets[first:], numel)
             cpu_kernels.view(*place, key, seeds, scales, leaders, *target, stream, *made_of)
 
-        _spread(runs, len(set(leaders.tolist())), sweep)
+        _spread(Job(runs, len(set(leaders.tolist())), sweep))
 
     return fill

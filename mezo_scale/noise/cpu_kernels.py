@@ -1,8 +1,8 @@
 """The CPU's sweeps, compiled by Numba: every array is passed as raw 16-bit words, so each sweep compiles once.
 
-Work goes tile by tile through small buffers that stay in the first-level cache, in loops over rows of 128 lanes:
-that is the form LLVM turns into full-width vector code. All that is compiled and may change is in this one file because
-Numba's cache looks only at the file of the function it keeps; names of types and the compiler's options: `cpu_jit`.
+Work goes tile by tile through small buffers that stay in the first-level cache, in loops over rows of 128 lanes, which
+LLVM turns into full-width vector code. All that is compiled and may change is in this one file because Numba's cache
+looks only at the file of the function it keeps; names of types and the compiler's options: `cpu_jit`.
 """
 
 from __future__ import annotations
@@ -188,20 +188,33 @@ def _segment(start: int, left: int) -> int:
 
 
 @inner
-def _apply(theta: F32, acc: F32, z: F32, alpha: f32, decay: f32, first: bool, last: bool) -> None:
-    """One direction of a step; with the last one, theta itself. A decay of 1 changes nothing."""
-    if first and last:
-        for i in range(len(theta)):
-            theta[i] = theta[i] * decay + alpha * z[i]
-    elif first:
-        for i in range(len(theta)):
+def _add(acc: F32, z: F32, alpha: f32, first: bool) -> None:
+    """One direction of a step."""
+    if first:
+        for i in range(len(acc)):
             acc[i] = alpha * z[i]
-    elif last:
-        for i in range(len(theta)):
-            theta[i] = theta[i] * decay + (acc[i] + alpha * z[i])
     else:
-        for i in range(len(theta)):
+        for i in range(len(acc)):
             acc[i] = acc[i] + alpha * z[i]
+
+
+@inner
+def _add_rank_1(acc: F32, u: F32, v: F32, alphas: F32, start: int) -> None:
+    """All directions of a step on the elements from `start` of a matrix, without a z in memory: z = u v^T, where
+    u [>= directions, 1, m], v [.., 1, n]."""
+    row, column, done = start // v.shape[2], start % v.shape[2], 0
+    while done < len(acc):
+        count = min(len(acc) - done, v.shape[2] - column)
+        total = acc[done : done + count]
+        for k in range(len(alphas)):
+            left, right, alpha = u[k, 0, row], v[k, 0, column : column + count], alphas[k]
+            if k == 0:
+                for i in range(count):
+                    total[i] = alpha * (left * right[i])
+            else:
+                for i in range(count):
+                    total[i] = total[i] + alpha * (left * right[i])
+        row, column, done = row + 1, 0, done + count
 
 
 @sweep
@@ -242,13 +255,17 @@ def write(
             for step in range(len(seeds)):  # what is stored and loaded again here is still in the cache
                 if kind != FLOAT32:
                     _load(theta, local, remainder, kind, at)
-                for k in range(directions):
+                one, decay = step * directions, decays[step]
+                if u.shape[1] == 1:
+                    _add_rank_1(acc, u[one:], v[one:], alphas[step], start)
+                for k in range(directions if u.shape[1] != 1 else 0):
                     if u.shape[1]:
-                        at_k = step * directions + k
-                        _multiply(z, u[at_k], v[at_k], scale, start)
+                        _multiply(z, u[one + k], v[one + k], scale, start)
                     else:
                         _draw(z_tile, words, stream, seeds[step, k], param_id, tile, r, r + n)
-                    _apply(theta, acc, z, alphas[step, k], decays[step], k == 0, k == directions - 1)
+                    _add(acc, z, alphas[step, k], k == 0)
+                for i in range(n):  # a decay of 1 changes nothing
+                    theta[i] = theta[i] * decay + acc[i]
                 if stochastic and kind in (BFLOAT16, FLOAT16):
                     _draw(z_tile, words, ROUNDING, seeds[step, 0], param_id, tile, r, r + n)
                     _round_stochastic(theta, z, kind)

@@ -66,10 +66,11 @@ def write_all_(
     decays: npt.NDArray[np.float32],
     stochastic: bool,
     stream: int,
+    factors: Sequence[None] = (),
 ) -> None:
     """`write_` of several shards, in one launch for all that are stored alike.
 
-    alphas: [groups, S, K]; decays: [rows, S]; each part says which.
+    alphas: [groups, S, K]; decays: [rows, S]; each part says which. factors: no kernel takes them yet.
     """
     kinds: dict[tuple[torch.device, int], list[Part]] = {}
     for part in parts:

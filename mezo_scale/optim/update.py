@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mezo_scale.errors import ShardingError
 from mezo_scale.noise import NORMAL, Noise, param_id
-from mezo_scale.noise.api import part_of, write_all_
+from mezo_scale.noise.api import part_of
 from mezo_scale.noise.parts import Part
+from mezo_scale.noise.writing import write_all_
 from mezo_scale.sharding import Layout, Shard
 from mezo_scale.sharding.state import as_state, copy_, fits
 from mezo_scale.trajectory import StepRecord

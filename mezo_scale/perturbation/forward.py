@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mezo_scale.noise.parts import Branches
-from mezo_scale.perturbation import low_rank, pairing, rows
+from mezo_scale.perturbation import broadcast, low_rank, pairing, rows
+from mezo_scale.perturbation.broadcast import Broadcast
 from mezo_scale.perturbation.pairing import Pairing
 from mezo_scale.perturbation.substitute import in_float32, is_half, shadowed
 from mezo_scale.perturbation.weights import Branch, Weights, check_unwritten, is_wide, stored
@@ -36,6 +37,7 @@ class Runner:
         self.active: tuple[int, ...] = ()
         self.rows = 0
         self.held: set[Site] = set()
+        self._broadcast = Broadcast()
 
     def run_one(self, module: nn.Module, sites: Sequence[Site], original: Forward, args: Any, kwargs: Any) -> Any:
         """A module in the one branch that is in force."""
@@ -56,6 +58,10 @@ class Runner:
                 return self._low_rank_linear(module, sites, args[0])
             if not torch.is_autocast_enabled(args[0].device.type):
                 return self._linear(module, sites, args[0])
+        elif self._may_broadcast(module, sites, args, kwargs):
+            result = self._run_at_once(module, sites, original, args[0])
+            if result is not None:
+                return result
         active, count = self.active, len(self.active)
         parts = rows.split(module, self.pairing.inputs[module], args, kwargs, count, self.rows * len(self.branches))
         results: list[Any] = []
@@ -72,6 +78,30 @@ class Runner:
         finally:
             self.active = active
         return rows.merge(results, self.rows)
+
+    def _may_broadcast(self, module: nn.Module, sites: Sequence[Site], args: Any, kwargs: Any) -> bool:
+        if not sites or self.held or not self._is_all_of(module, sites):
+            return False
+        return broadcast.is_candidate(module, args, kwargs) and self._is_divided(module, args[0])
+
+    def _run_at_once(self, module: nn.Module, sites: Sequence[Site], original: Forward, x: Tensor) -> Tensor | None:
+        """A normalisation in all branches by one call; None: it is not one that takes their weights together."""
+        branches, wide = self.neighbours(self.active), is_wide(module)
+        own = {site.attr: site for site in sites}
+
+        def run(given: Mapping[str, Tensor], blocks: Tensor) -> Any:
+            weights = {own[name]: weight for name, weight in given.items()}
+            return self._with(weights, module, original, (blocks,), {})
+
+        with torch._C.DisableTorchFunction():
+            dtypes = {name: self.weights.dtype_of(stored(site), wide=wide) for name, site in own.items()}
+        if not self._broadcast.takes(module, len(branches), dtypes, x, run):
+            return None
+        with self.weights.scratch.frame():
+            made = {name: self.weights.together(site, branches, wide=wide) for name, site in own.items()}
+            given = {name: broadcast.per_branch(weight, x.dim()) for name, weight in made.items()}
+            result: Tensor = self.weights.outlive(run(given, broadcast.blocks(x, len(branches))))
+            return result.flatten(0, 1)
 
     def _perturb(self, module: nn.Module, sites: Sequence[Site], group: Sequence[int]) -> dict[Site, list[Tensor]]:
         branches, wide = self.neighbours(group), is_wide(module)
@@ -142,12 +172,16 @@ class Runner:
         """torch's own Linear, called the ordinary way."""
         if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
             return False
-        with torch._C.DisableTorchFunction():
-            tuned = {name for name, param in module._parameters.items() if param is not None and param.requires_grad}
-        if {site.attr for site in sites if site.module is module} != tuned or len(sites) != len(tuned):
+        if not self._is_all_of(module, sites):
             return False  # what it is not given it reads as it is, and that must not be here
         weight = module._parameters.get("weight")
         return weight is not None and not isinstance(args[0], DTensor) and not isinstance(weight, DTensor)
+
+    def _is_all_of(self, module: nn.Module, sites: Sequence[Site]) -> bool:
+        """Whether the sites are a module's own trainable parameters, all of them and no other."""
+        with torch._C.DisableTorchFunction():
+            tuned = {name for name, param in module._parameters.items() if param is not None and param.requires_grad}
+        return {site.attr for site in sites if site.module is module} == tuned and len(sites) == len(tuned)
 
     def _is_divided(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the rows of a module's only argument are those of the tall batch."""

@@ -78,26 +78,36 @@ class Weights:
         """The site's weight in each branch; branches with one seed share one generation of z.
 
         Args:
-            branches: at most two.
+            branches: at most two, where memory counts.
             keep: in memory of its own, not in scratch.
             wide: in float32, whatever it is stored in.
         """
         with torch._C.DisableTorchFunction():
-            weight = stored(site)
-            held = local.local_of(weight)
-            dtype = torch.float32 if wide else self.dtype_of(held)
-            shape = (len(branches), *held.shape)
-            if keep:
-                with torch.inference_mode(False):  # there tensors do not count what is written to them
-                    place = self._place(site, weight, torch.empty(shape, dtype=dtype, device=held.device))
-            else:
-                out = self.scratch.take(shape, dtype, held.device)
-                known = self.scratch.notes.get((site, len(branches)))
-                place = known if known is not None and known.is_for(held, out) else self._place(site, weight, out)
-                if place is not known and self.scratch.holds(out):
-                    self.scratch.notes[site, len(branches)] = place
-            place.fill(held, branches)
-            return place.parts if held is weight else [local.like(part, weight) for part in place.parts]
+            weight, place = self._made(site, branches, keep=keep, wide=wide)
+            parts = place.parts
+            return parts if not isinstance(weight, DTensor) else [local.like(part, weight) for part in parts]
+
+    def together(self, site: Site, branches: Branches, *, wide: bool = False) -> Tensor:
+        """As `perturb`, in one tensor [branches, ...], with a count of its own of what writes it. Of no DTensor."""
+        with torch._C.DisableTorchFunction():
+            return self._made(site, branches, wide=wide)[1].out.data
+
+    def _made(self, site: Site, branches: Branches, *, keep: bool = False, wide: bool) -> tuple[Tensor, Place]:
+        weight = stored(site)
+        held = local.local_of(weight)
+        dtype = self.dtype_of(held, wide=wide)
+        shape = (len(branches), *held.shape)
+        if keep:
+            with torch.inference_mode(False):  # there tensors do not count what is written to them
+                place = self._place(site, weight, torch.empty(shape, dtype=dtype, device=held.device))
+        else:
+            out = self.scratch.take(shape, dtype, held.device)
+            known = self.scratch.notes.get((site, len(branches)))
+            place = known if known is not None and known.is_for(held, out) else self._place(site, weight, out)
+            if place is not known and self.scratch.holds(out):
+                self.scratch.notes[site, len(branches)] = place
+        place.fill(held, branches)
+        return weight, place
 
     def _place(self, site: Site, weight: Tensor, out: Tensor) -> Place:
         held = local.local_of(weight).detach()
@@ -114,8 +124,10 @@ class Weights:
             noise.rows(table, site.param_id, [branch], flat, out, noise=self.noise)
             return out.view(*ids.shape, *table.shape[1:])
 
-    def dtype_of(self, weight: Tensor) -> torch.dtype:
-        """What a weight is perturbed in."""
+    def dtype_of(self, weight: Tensor, *, wide: bool = False) -> torch.dtype:
+        """What a weight is perturbed in. wide: in float32, whatever it is stored in."""
+        if wide:
+            return torch.float32
         return self.dtype if self.dtype is not None and weight.dim() > 1 else weight.dtype
 
     def outlive(self, result: Any) -> Any:

@@ -205,22 +205,22 @@ def steps_differ(kernels: str) -> int:
     from torch import nn
 
     import mezo_scale as ms
-    from mezo_scale.noise import api
+    from mezo_scale.noise import dispatch
 
     def objective(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.as_tensor(model(batch["ids"])).square().mean((1, 2))
 
     batch = {"ids": torch.tensor([[0, 1, 2], [3, 4, 5], [6, 0, 3], [1, 1, 2]])}
-    taken, results = api._kernels_on, []
+    taken, results = dispatch.kernels_on, []
     for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
-        api._kernels_on = lambda device, module=module: module  # type: ignore[assignment,misc]
+        dispatch.kernels_on = lambda device, module=module: module  # type: ignore[assignment,misc]
         try:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4, bias=False))
             opt = ms.MeZO(model, lr=1e-2, eps=1e-2, estimator=ms.estimators.Grouped(2))
             losses = [opt.step(batch=batch, objective=objective) for _ in range(2)]
         finally:
-            api._kernels_on = taken
+            dispatch.kernels_on = taken
         assert opt.paired
         results.append(torch.cat([torch.tensor(losses), *(p.detach().flatten() for p in model.parameters())]))
     return differing(*results)

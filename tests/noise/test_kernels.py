@@ -17,7 +17,7 @@ import torch
 from numba.core import caching
 
 from mezo_scale import noise
-from mezo_scale.noise import api, cpu, cpu_float16, cpu_jit, reference
+from mezo_scale.noise import cpu, cpu_float16, cpu_jit, dispatch, reference
 from tests.noise import cases as noise_cases
 from tests.noise.cases import runs_of
 
@@ -189,7 +189,7 @@ def test_many_short_runs_take_no_python_loop() -> None:
 
 
 def test_other_devices_use_triton_where_it_serves_them_and_else_the_reference() -> None:
-    modules = {kind: api._kernels(torch.device(kind)).__name__ for kind in ("cpu", "cuda", "xpu", "mps")}
+    modules = {kind: dispatch.kernels_on(kind).__name__ for kind in ("cpu", "cuda", "xpu", "mps")}
     assert {kind: name.rpartition(".")[2] for kind, name in modules.items()} == {
         "cpu": "cpu",
         "cuda": "cuda",

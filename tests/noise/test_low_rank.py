@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mezo_scale import noise
-from mezo_scale.noise import Noise, api, reference, spec
+from mezo_scale.noise import Noise, dispatch, reference, spec, writing
+from mezo_scale.noise.api import part_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NOISES = [Noise("low_rank"), Noise("low_rank", 4), Noise("low_rank", 3, "normal")]
+NOISES = [Noise("low_rank"), Noise("low_rank", 1, "normal"), Noise("low_rank", 4), Noise("low_rank", 3, "normal")]
 SHAPE = (37, 61)
 SEEDS = [[3, 2**64 - 1], [5, 3]]
 ALPHAS = [[0.1, -0.03], [0.7, 0.01]]
@@ -93,7 +95,8 @@ def test_a_matrix_of_rank_r_has_that_rank_and_entries_of_variance_1(kind: Noise)
     z = torch.stack([z_of(seed, 2, (40, 50), kind) for seed in range(300)]).double()
     assert torch.linalg.matrix_rank(z[0].float()) == kind.rank
     assert abs(z.mean().item()) < 0.01
-    assert abs(z.var().item() - 1) < 0.03
+    # Of rank 1 in normals |u|^2 |v|^2 moves the variance of one matrix by 0.3, that of the mean over 300 by 0.017.
+    assert abs(z.var().item() - 1) < (0.06 if (kind.rank, kind.entries) == (1, "normal") else 0.03)
     flat = z.flatten(1)
     products = flat.T @ flat / len(flat)  # of any two elements 0 in the mean
     rms = (products - torch.eye(len(products))).square().mean().sqrt().item()
@@ -115,6 +118,16 @@ def written(runs: list[list[int]], local: Tensor, kind: Noise, **options: Any) -
 
 def weights(dtype: torch.dtype) -> Tensor:
     return torch.randn(math.prod(SHAPE), generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def use_the_reference(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    """From now on in the place of compiled kernels; `taken` has the devices that it was asked for."""
+
+    def instead(device: str) -> ModuleType:
+        taken.append(device)
+        return reference
+
+    monkeypatch.setattr(dispatch, "kernels_on", instead)
 
 
 @pytest.mark.parametrize("storage", ["nearest", "stochastic", "master"])
@@ -150,12 +163,13 @@ def test_the_kernel_writes_the_references_bits(
         pytest.skip("masters are of bfloat16")
     rounding = "nearest" if storage == "master" else storage
     runs = [[0, 50, 700], [705, 1000, 1], [706, 1100, 900]]
-    results = []
+    results, taken = [], list[str]()
     for _ in ("kernel", "reference"):
         low = torch.arange(math.prod(SHAPE)).to(torch.int16) if storage == "master" else None
         results.append((written(runs, weights(dtype), kind, rounding=rounding, remainder=low), low))
-        monkeypatch.setattr(api, "_kernels", lambda device: reference)
+        use_the_reference(monkeypatch, taken)
     (kernel, kernel_low), (wanted, wanted_low) = results
+    assert taken, "the second time the reference was asked"
     assert torch.equal(kernel, wanted)
     assert storage != "master" or torch.equal(kernel_low, wanted_low)
     assert not torch.equal(kernel, weights(dtype))
@@ -168,14 +182,15 @@ def test_views_and_rows_have_the_references_bits(
 ) -> None:
     branches = [(9, 1e-2), (3, -0.5), (9, -1e-2)]
     table, ids = weights(dtype).view(SHAPE), torch.tensor([[0, 36, 5], [1, 2, 3], [36, 36, 0]])
-    results = []
+    results, taken = [], list[str]()
     for _ in ("kernel", "reference"):
         view = torch.empty(3, *SHAPE, dtype=out_dtype)
         rows = torch.empty(3, 3, SHAPE[1], dtype=out_dtype)
         noise.view(table, 7, branches, view, noise=kind)
         noise.rows(table, 7, branches, ids, rows, noise=kind)
         results.append((view, rows))
-        monkeypatch.setattr(api, "_kernels", lambda device: reference)
+        use_the_reference(monkeypatch, taken)
+    assert taken, "the second time the reference was asked"
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[0][1], torch.stack([part[at] for part, at in zip(results[0][0], ids, strict=True)]))
@@ -200,10 +215,29 @@ def test_a_view_of_a_part_knows_the_whole_parameters_shape(kind: Noise) -> None:
 
 def test_many_steps_in_one_call_give_the_bits_of_many_calls(kind: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, together = [[0, 0, math.prod(SHAPE)]], weights(torch.bfloat16)
-    monkeypatch.setattr(api, "FACTORS", 1)  # a step at a time
+    monkeypatch.setattr(writing, "FACTORS", 1)  # a step at a time
     apart = written(runs, weights(torch.bfloat16), kind)
     monkeypatch.undo()
     assert torch.equal(written(runs, together, kind), apart)
+
+
+@pytest.mark.parametrize("factors", [1, 1200, 1 << 22])
+def test_many_shards_at_once_get_the_bits_of_one_after_the_other(
+    kind: Noise, factors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [SHAPE, (61,), (12, 40), SHAPE, (8, 9)]
+    locals_ = [torch.arange(math.prod(shape)).remainder(97).float() for shape in shapes]
+    apart = [local.clone() for local in locals_]
+    seeds, alphas, decays = np.array(SEEDS, np.uint64), np.array(ALPHAS, np.float32), np.array([0.99, 1.0], np.float32)
+    parts = []
+    for number, (local, shape) in enumerate(zip(locals_, shapes, strict=True)):
+        runs = np.array([[0, 0, local.numel()]])
+        parts.append(part_of(local, runs, number, noise=kind, shape=shape))
+        noise.write_(apart[number], runs, number, seeds, alphas, decays, noise=kind, shape=shape)
+    monkeypatch.setattr(writing, "FACTORS", factors)
+    writing.write_all_(parts, seeds, alphas[None], decays[None], noise=kind)
+    assert all(map(torch.equal, locals_, apart))
+    assert not torch.equal(locals_[0], locals_[3])
 
 
 @pytest.mark.parametrize(
