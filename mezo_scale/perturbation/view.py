@@ -59,7 +59,7 @@ class View:
     ) -> None:
         self.model = model
         self.layout: Layout = discover(model)
-        check_rank(noise, self.layout)
+        check_rank(noise, self.layout.shards)
         self.weights = Weights(dtype, noise, scratch if scratch is not None else Scratch())
         self.read: set[str] = set()
         self._at = {(site.module, site.attr): site for site in self.layout.sites}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mezo_scale.perturbation import local
 from mezo_scale.perturbation.reading import written
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import is_half
-from mezo_scale.sharding import Layout, Site
+from mezo_scale.sharding import Shard, Site
 from mezo_scale.sharding.shard import is_normalisation
 
 Branch = tuple[int, float]
@@ -138,9 +139,9 @@ class Weights:
         return tree_unflatten([self.outlive(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
-def check_rank(noise: Noise, layout: Layout) -> None:
+def check_rank(noise: Noise, shards: Iterable[Shard]) -> None:
     """Raise a ModelError that names the first matrix whose smaller side is below the noise's rank."""
-    for shard in layout.shards:
+    for shard in shards:
         try:
             noise.rank_of(shard.shape)
         except ValueError as error:

@@ -21,6 +21,7 @@ from mezo_scale.models.tuning import sizes
 from mezo_scale.noise import direction_seed
 from mezo_scale.optim import eps
 from mezo_scale.optim.mezo import MeZO
+from mezo_scale.perturbation.weights import check_rank
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs import snapshots
 from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
@@ -64,11 +65,13 @@ class Trainer:
         self.loaded, self.start = snapshots.load(recipe, world, run, self.screen)
         model, begun = self.loaded.model, self.start.step if self.start else 0
         take_up_adapter_(model, run)
-        compare(shards(model), frozen_parameters(model), begun)
+        held = shards(model)
+        check_rank(noise_of(recipe), held)
+        compare(held, frozen_parameters(model), begun)
         self.rate = rate_of(recipe)
         self.objective = Within(self.loaded.compute, kind.objectives[objective_of(recipe, kind)])
         check_model(self.loaded, kind, splits.test, recipe)
-        stored = sum(shard.local.numel() for shard in shards(model))
+        stored = sum(shard.local.numel() for shard in held)
         self.screen.say(
             f"{recipe.model.name}: {stored:,} parameters on each of {world.size} rank(s), "
             f"{self.loaded.strategy.layout}, {world.device.type}"
@@ -82,17 +85,8 @@ class Trainer:
         """All that goes before the first step; nothing is written. `done` steps are in the trajectory already."""
         if done:
             self.screen.say(f"{self.run.path} holds {done} steps of {self.recipe.train.steps} already")
-        rehearse(
-            self.recipe,
-            self.world,
-            self.loaded,
-            self.kind,
-            self.splits,
-            self.objective,
-            self._micro_batch(done),
-            self.screen,
-            self.memory,
-        )
+        task = self.kind, self.splits, self.objective, self._micro_batch(done)
+        rehearse(self.recipe, self.world, self.loaded, *task, self.screen, self.memory)
 
     def go(self, done: int) -> None:
         """Trains, evaluates, reports. `done` steps are in the trajectory already."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mezo_scale.errors import MezoError, RecipeError
+from mezo_scale.errors import MezoError, ModelError, RecipeError
 from mezo_scale.recipe import Recipe, load
 from mezo_scale.runs.session import train
 from mezo_scale.runs.verify import verify
@@ -156,3 +156,13 @@ def test_eps_auto_needs_a_slope(make_recipe: MakeRecipe) -> None:
         train(make_recipe("eps=auto", "objective=accuracy"))
     with pytest.raises(RecipeError, match="optimizer.eps"):
         make_recipe("eps=automatic")
+
+
+def test_a_rank_that_no_matrix_has_is_refused_before_the_base_model_is_graded(
+    make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe("optimizer.distribution=low_rank", "optimizer.rank=1000")
+    with pytest.raises(ModelError, match=r"embed.*: rank is 1000, but a matrix of .* take a rank of at most"):
+        train(recipe)
+    assert "zero-shot" not in capsys.readouterr().out
+    assert not Path(recipe.output.dir).exists()
