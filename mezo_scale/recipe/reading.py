@@ -152,11 +152,16 @@ def _explain(error: ErrorDetails, known: Sequence[str], elsewhere: str) -> str:
 def _did_you_mean(key: str, known: Sequence[str], elsewhere: str) -> str:
     if len(key) > _NAME:
         return f"; {elsewhere}"
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not close:  # the right field in another section, or without one
-        leaf = key.split(".")[-1]
-        close = difflib.get_close_matches(leaf, [name.split(".")[-1] for name in known], n=1, cutoff=0.75)
-        close = [name for name in known if close and name.split(".")[-1] == close[0]][:1]
+    section, _, leaf = key.rpartition(".")
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    close = [name for name in known if name.rpartition(".")[2] == leaf]  # right, but for its section
+    if not close and beside:  # by their own names: the section's they have in common
+        close = [f"{section}.{name}".removeprefix(".") for name in difflib.get_close_matches(leaf, beside, n=1)]
+    elif not close:
+        close = difflib.get_close_matches(key, known, n=1)
+    if not close:
+        leaves = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.75)
+        close = [name for name in known if name.rpartition(".")[2] in leaves]
     return f"; did you mean {close[0]}?" if close else f"; {elsewhere}"
 
 

@@ -84,11 +84,18 @@ def test_a_run_directory_is_a_recipe_that_writes_to_itself(tmp_path: Path) -> No
         ("learning_rate.lr=1", "optimizer.lr"),
         ("batchsize=2", "train.batch_size"),
         ("train.num_directions=2", "optimizer.num_directions"),
+        ("optimizer.steps=2", "train.steps"),
+        ("task.lab=x", "task.labels"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(tmp_path: Path, override: str, meant: str) -> None:
     message = refusal(tmp_path, NEEDED, override)
     assert message.endswith(f"unknown key {override.partition('=')[0]}; did you mean {meant}?")
+
+
+@pytest.mark.parametrize("override", ["tune.pattern=x", "task.k=5"])
+def test_no_key_is_proposed_that_has_only_its_section_in_common(tmp_path: Path, override: str) -> None:
+    assert "did you mean" not in refusal(tmp_path, NEEDED, override)
 
 
 def test_an_unknown_key_in_the_file_is_refused_too(tmp_path: Path) -> None:
