@@ -72,13 +72,13 @@ def _spread(*jobs: Job) -> None:
     The calling thread works too, and whoever is free takes the next part: helpers that wake late, because torch's own
     threads still spin after the last product or another process holds their core, are not waited for.
     """
-    threads = torch.get_num_threads()
-    total = sum(job.total * job.draws for job in jobs)
-    if threads == 1 or total < 2 * CHUNK:
-        for job in jobs:
-            job.sweep(0, 0, job.total)
+    threads, totals = torch.get_num_threads(), [job.total for job in jobs]
+    draws = sum(total * job.draws for total, job in zip(totals, jobs, strict=True))
+    if threads == 1 or draws < 2 * CHUNK:
+        for total, job in zip(totals, jobs, strict=True):
+            job.sweep(0, 0, total)
         return
-    size = max(CHUNK, total // (8 * threads))
+    size = max(CHUNK, draws // (8 * threads))
     parts = deque(part for job in jobs for part in job.parts(max(size // job.draws, 1)))
 
     def work() -> None:
@@ -154,13 +154,15 @@ def _writing(
 def draw(
     seeds: npt.NDArray[np.uint64], param_id: int, stream: int, start: int, count: int, device: torch.device
 ) -> Tensor:
-    out = np.empty((len(seeds), count), np.float32)
-    key, runs = np.uint64(param_id), np.array([[0, start, count]], dtype=np.int64)
+    out, key = np.empty((len(seeds), count), np.float32), np.uint64(param_id)
 
     def sweep(first: int, begin: int, end: int) -> None:
         cpu_kernels.draw(out, seeds, key, stream, start, begin, end)
 
-    _spread(Job(runs, len(seeds), sweep))
+    if out.size < 2 * CHUNK:  # as factors mostly are, of which a step draws hundreds
+        sweep(0, 0, count)
+    else:
+        _spread(Job(np.array([[0, start, count]], dtype=np.int64), len(seeds), sweep))
     return torch.from_numpy(out)
 
 
