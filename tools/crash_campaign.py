@@ -62,8 +62,10 @@ WRITES = (
     *("snapshot.half_pruned", "checkpoint.begun", "checkpoint.half_written", "checkpoint.written"),
     *("checkpoint.renaming", "plot.writing", "report.writing"),
 )
-EVERY_RANK = ("run", "weights", "evaluation", "step.begun", "step.measured", "step.half", "step.applied", "step.ended")
-EVERY_RANK += ("ranks", "snapshot.begun", "report.begun", "resume.replaying", "resume.half", "resume.replayed")
+EVERY_RANK = (
+    *("run", "weights", "evaluation", "step.begun", "step.measured", "step.half", "step.applied", "step.ended"),
+    *("ranks", "snapshot.begun", "report.begun", "resume.replaying", "resume.half", "resume.replayed"),
+)
 BEFORE = {  # what happened to a run before the session that the case is about: a failpoint, or how many steps it had
     "resume.torn": "log.half_written:kill:4@0",
     "resume": "step.recorded:kill:4@0",

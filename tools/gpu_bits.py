@@ -107,8 +107,8 @@ def low_rank(device: torch.device) -> Iterator[tuple[str, int]]:
         assert found[1] is not None
         wrong = differing(found[0].u, found[1].u) + differing(found[0].v, found[1].v)
         elements = torch.arange(weight.numel())
-        product = [one.product(1, elements.to(place)) for one, place in zip(found, ("cpu", device), strict=True)]
-        yield f"low rank of {entries}", wrong + differing(*product)
+        product = differing(found[0].product(1, elements), found[1].product(1, elements.to(device)))
+        yield f"low rank of {entries}", wrong + product
 
 
 def large(device: torch.device) -> Iterator[tuple[str, int]]:

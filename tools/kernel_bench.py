@@ -102,7 +102,7 @@ def by_events(run: Contender) -> float:
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def figure(
@@ -221,7 +221,7 @@ def steps(model: nn.Module, name: str, shapes: list[tuple[int, int]], rounds: in
             with mock.patch.object(view, "fetching", return_value=nullcontext()):
                 step()
 
-        contenders = {"step": step, "two forwards": forwards, "unguarded step": unguarded}
+        contenders: dict[str, Contender] = {"step": step, "two forwards": forwards, "unguarded step": unguarded}
         seconds = interleave(contenders, rounds, device)
         size = f"{name}, {rows} x {tokens} tokens"
         for against in ("two forwards", "unguarded step"):
@@ -276,7 +276,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["kernels", "step"], help="one half of the figures")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     options = parser.parse_args()
-    device, table = torch.device(options.device), []
+    device = torch.device(options.device)
+    table: list[Figure] = []
     threads = torch.get_num_threads()
     if options.only != "step":
         if device.type == "cpu":

@@ -20,6 +20,8 @@ import pandas as pd
 
 from mezo_scale.bench import comparing, comparison
 from mezo_scale.bench.comparison import Cell
+from mezo_scale.optim.estimators import group_size
+from mezo_scale.recipe import Recipe
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.learning import estimator_of
 from mezo_scale.runs.report import as_markdown
@@ -67,11 +69,7 @@ def learned(cells: Sequence[Cell], target: float) -> Learned | None:
         if not comparing.finished(cell):
             return None
         recipe, run = cell.recipe, RunDirectory(cell.recipe.directory)
-        estimator = estimator_of(recipe)
-        forwards = len(estimator.branches(range(estimator.num_directions), 1e-3))
-        if getattr(estimator, "group_size", None) is not None:
-            forwards //= estimator.num_directions
-        per_step, lines = forwards * recipe.train.batch_size, run.read_metrics()
+        per_step, lines = forward_rows(recipe), run.read_metrics()
         curves.append([(line["step"] * per_step, line["dev_loss"]) for line in lines if "dev_loss" in line])
         seconds += [line["seconds"] for line in lines if line.get("seconds") is not None]
     mean = [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
@@ -86,6 +84,17 @@ def learned(cells: Sequence[Cell], target: float) -> Learned | None:
         statistics.median(seconds),
         mean,
     )
+
+
+def forward_rows(recipe: Recipe) -> int:
+    """What a step costs: its rows times their evaluations, where a backward pass counts two."""
+    if recipe.method.name == "adamw":
+        return 3 * recipe.train.batch_size
+    estimator = estimator_of(recipe)
+    forwards = len(estimator.branches(range(estimator.num_directions), 1e-3))
+    if group_size(estimator) is not None:  # a row is in its own group's branches only
+        forwards //= estimator.num_directions
+    return forwards * recipe.train.batch_size
 
 
 def best(found: Sequence[Learned]) -> list[Learned]:

@@ -22,8 +22,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -31,6 +33,8 @@ from mezo_scale import recipe as recipes
 from mezo_scale.errors import MezoError
 from mezo_scale.trajectory import Header, StepRecord, Trajectory, export
 from mezo_scale.trajectory.codec import Chain, pack_header, pack_step, slot
+
+Found = TypeVar("Found")
 
 ROWS = Path(__file__).parents[1] / "tools" / "results" / "mutate.jsonl"
 LENGTHS = (1, 1, 4, 17, 92, 512, 4096)
@@ -169,9 +173,9 @@ def subjects(folder: Path, steps: int = 30) -> list[Subject]:
         records = Trajectory.open(path).records
         found.append(Subject(name, path.read_bytes(), other.read_bytes(), records, begin, size))
     lagging = replace(HEADER, unsynced=16)
-    data, other = (_lagging(replace(lagging, run_id=run_id), steps) for run_id in (HEADER.run_id, "f" * 32))
+    data, others = (_lagging(replace(lagging, run_id=run_id), steps) for run_id in (HEADER.run_id, "f" * 32))
     begin, size = len(pack_header(lagging)), slot(lagging).itemsize
-    found.append(Subject("lagging", data, other, Trajectory.parse(data).records, begin, size))
+    found.append(Subject("lagging", data, others, Trajectory.parse(data).records, begin, size))
     Trajectory.open(folder / "bitmaps").export(folder / "export")
     data = (folder / "export").read_bytes()
     found.append(Subject("export", data, data, Trajectory.open(folder / "export").records, 0, 0))
@@ -196,7 +200,7 @@ def logs(count: int, chance: random.Random) -> Iterator[str]:
     for number in range(count):
         subject = found[number % len(found)]
         data = subject.damaged(chance)
-        said, trajectory = _outcome(lambda data=data: Trajectory.parse(data))
+        said, trajectory = _outcome(partial(Trajectory.parse, data))
         if trajectory is None:
             yield said
         elif data == subject.data:
@@ -242,7 +246,7 @@ def recipe_files(count: int, chance: random.Random) -> Iterator[str]:
             elif kind == 2:
                 overrides = [f"{chance.choice(keys)}={''.join(chance.choices(WILD, k=chance.randrange(1, 3)))}"]
             path.write_bytes(text)
-            said, found = _outcome(lambda overrides=overrides: recipes.load(path, overrides))
+            said, found = _outcome(partial(recipes.load, path, overrides))
             yield said if found is None else _came_back(path, text, found)
 
 
@@ -265,7 +269,7 @@ def _keys(node: yaml.Node | None, above: str = "") -> set[str]:
     return set(found).union(*(_keys(value, f"{name}.") for name, value in found.items()))
 
 
-def _outcome(do: Callable[[], object]) -> tuple[str, object | None]:
+def _outcome(do: Callable[[], Found]) -> tuple[str, Found | None]:
     try:
         return "", do()
     except MezoError as error:

@@ -61,6 +61,7 @@ def steps(
         contenders[what] = partial(optimizer.step, batch=batch, objective=last_token_loss)
         optimizer.step(batch=batch, objective=last_token_loss)
         assert optimizer.paired, "the tall batch is what is measured"
+        assert optimizer.last_record is not None
         contenders[f"{what}, write"] = partial(optimizer._writer.apply_, [optimizer.last_record])
     # In place and in bfloat16 it moves the weights a little. No contender's time depends on their values.
     contenders["published"] = partial(rival.step, batch, last_token_loss)

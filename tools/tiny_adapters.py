@@ -75,7 +75,7 @@ EXPERTS = {"LORA on experts": ("LORA", {"target_modules": ["q_proj"], "target_pa
 def adapters() -> dict[str, Builder]:
     """Name -> a builder of a tiny model with such an adapter, in eval mode, and of its batch."""
     methods = {kind.value: (kind.value, dict[str, Any]()) for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING}
-    on_llama = {name: partial(_build, _llama, *case) for name, case in (methods | VARIANTS).items()}
+    on_llama: dict[str, Builder] = {name: partial(_build, _llama, *case) for name, case in (methods | VARIANTS).items()}
     return on_llama | {name: partial(_build, _mixtral, *case) for name, case in EXPERTS.items()}
 
 
@@ -103,16 +103,21 @@ def _xlora(model: nn.Module) -> nn.Module:
         config = peft.LoraConfig(r=4, target_modules=PROJECTIONS, task_type=TaskType.CAUSAL_LM)
         saved = {name: f"{folder}/{name}" for name in ("0", "1")}
         for path in saved.values():
-            _jittered(get_peft_model(_llama(), config)).save_pretrained(path)
+            one = get_peft_model(_llama(), config)
+            _jittered(one)
+            one.save_pretrained(path)
         mixture = peft.XLoraConfig(
             task_type=TaskType.CAUSAL_LM, hidden_size=32, adapters=saved, xlora_depth=2, xlora_size=16
         )
-        return get_peft_model(model, mixture)
+        mixed: nn.Module = get_peft_model(model, mixture)
+        return mixed
 
 
 def _llama() -> nn.Module:
-    return LlamaForCausalLM(shrunk(LlamaConfig, {}))
+    model: nn.Module = LlamaForCausalLM(shrunk(LlamaConfig, {}))
+    return model
 
 
 def _mixtral() -> nn.Module:
-    return MixtralForCausalLM(shrunk(MixtralConfig, {}))
+    model: nn.Module = MixtralForCausalLM(shrunk(MixtralConfig, {}))
+    return model

@@ -192,8 +192,9 @@ def batch_of_rows() -> Batch:
 
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of each row's next tokens, [rows]; a masked model is asked the same, any labels will do."""
-    given: dict[str, Any] = {**batch, model.main_input_name: batch["input_ids"]}
-    if model.main_input_name != "input_ids":
+    name = str(model.main_input_name)
+    given: dict[str, Any] = {**batch, name: batch["input_ids"]}
+    if name != "input_ids":
         del given["input_ids"]
     if "use_cache" in inspect.signature(model.forward).parameters:
         given["use_cache"] = False

@@ -24,7 +24,7 @@ ROUNDS = 5
 def main(name: str, task: str, data: str, max_length: str, eval_batch: str, most: str = "1000") -> None:
     torch.set_num_threads(1)
     section = TaskSection(name=task, data=data, max_length=int(max_length))
-    tokenizer = checkpoints.load_tokenizer(name)
+    tokenizer = checkpoints.load_processor(name)
     loaded = Loaded(checkpoints.read(name, torch.float32).eval(), tokenizer, torch.device("cpu"), Strategy("single"))
     ways = {"plain": tasks.kind_of(section, tokenizer), "shared": tasks.kind_of(section, tokenizer)}
     ways["plain"].sharing.refused = True  # type: ignore[union-attr]  # of a kind that chooses

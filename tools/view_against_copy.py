@@ -142,7 +142,7 @@ def shard(layout: str, model: nn.Module) -> tuple[nn.Module, Callable[[], object
     """The model sharded as the package does it, in place, and how to let go of it."""
     if layout == "zero3":
         sharded = layouts.zero3(model)
-        return sharded.model.module, sharded.close
+        return sharded.model.get_submodule("module"), sharded.close
     if layout == "fsdp2":
         _fsdp2(model)
     return model, lambda: None
