@@ -25,16 +25,26 @@ class Broadcast:
     """Which modules were seen to take a weight for each branch."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[nn.Module, int, torch.dtype, int], bool] = {}
+        self._seen: dict[tuple[object, ...], bool] = {}
 
-    def takes(self, module: nn.Module, count: int, tuned: Mapping[str, torch.dtype], x: Tensor, run: Run) -> bool:
+    def takes(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        count: int,
+        tuned: Mapping[str, torch.dtype],
+        x: Tensor,
+        run: Run,
+    ) -> bool:
         """Whether `module` can be run once on `x`, the rows of `count` branches.
 
         Args:
+            forward: what it runs; libraries of kernels put theirs in the place of a model's.
             tuned: its trainable parameters, with the dtype that each is perturbed in.
             x: [rows of all branches, ..., n].
+            run: the same, with other weights.
         """
-        key = module, count, x.dtype, x.dim()
+        key = module, type(module), getattr(forward, "__func__", forward), count, x.dtype, x.dim()
         if key not in self._seen:
             self._seen[key] = _gives_the_same(count, tuned, x, run)
         return self._seen[key]

@@ -95,7 +95,7 @@ class Runner:
 
         with torch._C.DisableTorchFunction():
             dtypes = {name: self.weights.dtype_of(stored(site), wide=wide) for name, site in own.items()}
-        if not self._broadcast.takes(module, len(branches), dtypes, x, run):
+        if not self._broadcast.takes(module, original, len(branches), dtypes, x, run):
             return None
         with self.weights.scratch.frame():
             made = {name: self.weights.together(site, branches, wide=wide) for name, site in own.items()}

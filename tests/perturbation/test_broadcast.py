@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +130,32 @@ def test_what_the_rows_hold_when_it_is_tried_does_not_matter() -> None:
     with view.branches(BRANCHES):
         result = norm(rows())
     assert torch.equal(result, expected(norm, rows()))
+
+
+def replace_forward(norm: RootNorm) -> None:
+    """As a library of kernels does."""
+
+    def forward(self: RootNorm, x: Tensor) -> Tensor:
+        return FirstNorm.scale(self, x)  # type: ignore[arg-type]
+
+    norm.forward = MethodType(forward, norm)  # type: ignore[method-assign]
+
+
+def replace_class(norm: RootNorm) -> None:
+    norm.__class__ = FirstNorm
+
+
+@pytest.mark.parametrize("replace", [replace_forward, replace_class])
+def test_what_takes_the_place_of_a_forward_that_was_tried_is_tried_itself(replace: Callable[[RootNorm], None]) -> None:
+    torch.manual_seed(0)
+    norm, x = RootNorm(), rows()
+    view = View(norm)
+    with view.branches(BRANCHES):
+        norm(x)
+    replace(norm)
+    with view.branches(BRANCHES):
+        result = norm(x)
+    assert torch.equal(result, expected(norm, x))
 
 
 def test_a_frozen_weight_is_every_branches() -> None:
