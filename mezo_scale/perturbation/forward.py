@@ -18,6 +18,7 @@ from mezo_scale.perturbation.weights import Branch, Weights, check_unwritten, is
 from mezo_scale.sharding import Site
 
 Forward = Callable[..., Any]
+_LINEAR = nn.Linear.forward
 
 
 class Runner:
@@ -45,7 +46,7 @@ class Runner:
             sites = [site for site in sites if site not in self.held]
         if not sites:
             return original(*args, **kwargs)
-        if self._takes_factors(module) and self._is_plain_linear(module, sites, args, kwargs):
+        if self._takes_factors(module) and self._is_plain_linear(module, original, sites, args, kwargs):
             return self._low_rank_linear(module, sites, args[0])
         with self.weights.scratch.frame():
             made = {site: parts[0] for site, parts in self._perturb(module, sites, self.active).items()}
@@ -53,7 +54,7 @@ class Runner:
 
     def run_all(self, module: nn.Module, sites: Sequence[Site], original: Forward, args: Any, kwargs: Any) -> Any:
         """A unit in all branches: its rows of each with that branch's weights."""
-        if sites and self._is_plain_linear(module, sites, args, kwargs) and self._is_divided(module, args[0]):
+        if sites and self._is_plain_linear(module, original, sites, args, kwargs) and self._is_divided(module, args[0]):
             if self._takes_factors(module):
                 return self._low_rank_linear(module, sites, args[0])
             if not torch.is_autocast_enabled(args[0].device.type):
@@ -168,10 +169,14 @@ class Runner:
                 return False
             return self.weights.noise.rank_of(weight.shape) is not None
 
-    def _is_plain_linear(self, module: nn.Module, sites: Sequence[Site], args: Any, kwargs: Any) -> bool:
+    def _is_plain_linear(
+        self, module: nn.Module, original: Forward, sites: Sequence[Site], args: Any, kwargs: Any
+    ) -> bool:
         """torch's own Linear, called the ordinary way."""
         if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
             return False
+        if getattr(original, "__func__", None) is not _LINEAR:
+            return False  # somebody has put a forward of theirs in its place
         if not self._is_all_of(module, sites):
             return False  # what it is not given it reads as it is, and that must not be here
         weight = module._parameters.get("weight")
