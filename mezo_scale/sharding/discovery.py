@@ -26,13 +26,19 @@ def shards(model: nn.Module) -> list[Shard]:
 
     Raises:
         ShardingError: a wrapper or a parameter type that is not known.
-        ModelError: nothing trainable, or parameters that are quantised or on the meta device.
+        ModelError: nothing trainable, TorchScript, or parameters that are quantised or on the meta device.
     """
     return discover(model).shards
 
 
 def discover(model: nn.Module) -> Layout:
     """The model's `Layout`; puts gathered parameters back into their sharded form first. Errors as in `shards`."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name or 'the model'} is a TorchScript module, whose compiled code reads its own weights: build it "
+                "from its Python code and load its state_dict"
+            )
     prepare(model)
     listed = list(places(model))
     found: dict[object, Shard] = {}

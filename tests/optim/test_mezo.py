@@ -265,6 +265,10 @@ def test_models_that_can_not_be_tuned_are_refused() -> None:
         ms.shards(nn.Linear(3, 3).double())
     with pytest.raises(ModelError, match="no trainable parameter"):
         ms.shards(nn.Linear(3, 3).requires_grad_(False))
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        scripted = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
+    with pytest.raises(ModelError, match="^1 is a TorchScript module"):
+        ms.MeZO(nn.Sequential(nn.Linear(3, 3), scripted))
 
 
 def test_a_sharding_that_is_not_known_is_never_taken_for_plain() -> None:
