@@ -16,6 +16,7 @@ from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, dump
 from mezo_scale.recipe import load as load_recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
+from mezo_scale.runs.inputs import differing, inputs_now
 from mezo_scale.runs.methods.session import is_finished
 
 FAILED = "failed.json"
@@ -49,7 +50,8 @@ def run(
 
     Raises:
         LaunchError: a launcher around this process.
-        RecipeError: a cell's directory holds another run, or the folder can't be made; nothing has begun then.
+        RecipeError: a cell's directory holds another run, or a result on other data or weights, or the folder can't be
+            made; nothing has begun then.
     """
     check_alone("a comparison starts the ranks of each run", "run mezo-scale compare once, with --processes")
     for cell in comparison.cells:
@@ -59,8 +61,9 @@ def run(
     names = [cell.name for cell in comparison.cells]
     failed = {} if retry_failed else _without_result(comparison, _read_failed(out))
     left = [cell for cell in comparison.cells if cell.name not in failed and not finished(cell)]
+    _check_inputs(comparison, afresh=bool(left))
     if len(left) < len(names):
-        say(f"{len(left)} of {len(names)} runs are left: the others have a result or have failed")
+        say(f"{len(left)} of {len(names)} runs are left: the others have a result or have failed (--retry-failed)")
     with ending_on_sigterm():
         for number, cell in enumerate(left, 1):
             say(f"[{number}/{len(left)}] {cell.name}")
@@ -87,6 +90,33 @@ def _without_result(comparison: Comparison, failed: dict[str, str]) -> dict[str,
 def finished(cell: Cell) -> bool:
     """Whether a cell's directory has its result."""
     return is_finished(cell.recipe, RunDirectory(cell.recipe.directory))
+
+
+def _check_inputs(comparison: Comparison, *, afresh: bool) -> None:
+    """Raise RecipeError if a result rests on other data or weights than another, or than those that are there.
+
+    afresh: look at what is there now, which a run that is left would have.
+    """
+    known: dict[str, dict[str, str]] = {}
+    for cell in filter(finished, comparison.cells):
+        recipe, run = cell.recipe, RunDirectory(cell.recipe.directory)
+        found = run.read_inputs()
+        if not found:
+            continue  # of a version that did not write it
+        asked = (
+            recipe.task.model_dump_json(exclude={"max_length"}),
+            recipe.model.name,
+            recipe.tune.adapter,
+            recipe.train.objective,
+        )
+        if str(asked) not in known:
+            known[str(asked)] = inputs_now(recipe) if afresh else found
+        if others := differing(found, known[str(asked)]):
+            than = "than there are now" if afresh else "than others of this comparison"
+            raise RecipeError(
+                f"{run.path} has a result on other {others} {than}: give another output.dir, or put back what it was "
+                "made with"
+            )
 
 
 def _frozen(cell: Cell) -> Recipe:

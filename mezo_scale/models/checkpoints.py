@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
-from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mezo_scale import noise
 from mezo_scale.errors import ModelError, RecipeError, one_line
@@ -105,6 +105,18 @@ def _weight_files(name: str, entry: Any) -> Iterator[Any]:
         yield from set(json.loads(path.read_bytes())["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ModelError(f"model.name: {path} is no index of weights ({one_line(error)})") from None
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files of a model's weights that are there; none of a model with random weights. Errors as of `find`."""
+    if name.startswith(RANDOM):
+        return []
+    explicit = getattr(find(name), "transformers_weights", None)
+    for entry in (explicit,) if explicit else (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        paths = [path for file in sorted(_weight_files(name, entry)) if (path := _file(name, file)) is not None]
+        if paths:
+            return paths
+    return []
 
 
 def _file(name: str, file: str) -> Path | None:

@@ -1,7 +1,9 @@
-"""Digests of what a model computes with besides its weights: its configuration, its tokenizer or image processor."""
+"""Digests of what a result rests on: a model's files, configuration, tokenizer or image processor; its examples."""
 
 import hashlib
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from mezo_scale.models.vision import ImageReader
@@ -33,6 +35,25 @@ def of_tokenizer(tokenizer: Any) -> str:
         for name in ("padding", "truncation"):  # each call sets them
             rules.pop(name, None)
     return _digest([rules, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)])
+
+
+def of_examples(splits: object) -> str:
+    """64 bits in hexadecimal of the examples of a task's splits, before a model's tokenizer has seen them."""
+    return hashlib.sha256(repr(splits).encode()).hexdigest()[:16]
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """64 bits in hexadecimal of files, in order: of their sizes and all their bytes, or of a file above 256 MiB, whose
+    digest would take as long as to load it, of 256 blocks of 1 MiB that lie evenly in it."""
+    digest, block = hashlib.sha256(), 1 << 20
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in range(min(256, -(-size // block))):
+                file.seek(place * block if size <= 256 * block else place * (size - block) // 255)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
 
 
 def _decisive(value: Any) -> Any:

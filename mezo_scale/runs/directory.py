@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,14 +86,24 @@ class RunDirectory:
         except OSError as error:
             raise RecipeError(f"output.dir: {self.path} can't be made ({error.strerror})") from None
 
-    def describe(self, recipe: Recipe, world: World) -> None:
-        """Writes the resolved recipe, and adds this session to environment.json."""
+    def describe(self, recipe: Recipe, world: World, inputs: Mapping[str, str]) -> None:
+        """Writes the resolved recipe, and adds this session to environment.json.
+
+        inputs: digests of what it rests on, as `inputs_of` gives them.
+        """
         replace_file(self.recipe, dump(recipe))
         sessions = _read_json(self.environment, list)
         if sessions is None:
             keep_aside(self.environment)
-        replace_file(self.environment, json.dumps([*(sessions or []), environment(world)], indent=2) + "\n")
+        session = environment(world) | {"inputs": dict(inputs)}
+        replace_file(self.environment, json.dumps([*(sessions or []), session], indent=2) + "\n")
         self.interrupted.unlink(missing_ok=True)
+
+    def read_inputs(self) -> dict[str, str]:
+        """What the last session rested on; empty where it is not known, as of runs of before it was written."""
+        sessions = _read_json(self.environment, list) or [{}]
+        found = sessions[-1].get("inputs") if isinstance(sessions[-1], dict) else None
+        return found if isinstance(found, dict) else {}
 
     def mark_interrupted(self, step: int, signal: str) -> None:
         """Leaves word that `signal` stopped the run after `step`; the next session removes it."""

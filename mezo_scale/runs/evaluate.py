@@ -22,6 +22,7 @@ from mezo_scale.runs.beginning import take_up_adapter_
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.fitness import check_model
+from mezo_scale.runs.inputs import differing, inputs_of
 from mezo_scale.runs.sharing import share_prompts
 from mezo_scale.runs.splits import EncodedSplits, check_same_reward, prepare
 from mezo_scale.tasks import Kind, Score
@@ -95,6 +96,8 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Scor
         splits.check_same(world)
         check_same_reward(kind, world)
         screen = Screen(world)
+        if world.rank == 0 and recipe.method.name == "mezo":
+            _say_what_differs(recipe, run, kind, splits, screen)
         loaded, start = snapshots.load(recipe, world, run, screen, until)
         take_up_adapter_(loaded.model, run)
         check_model(loaded, kind, splits.test, recipe)
@@ -102,6 +105,16 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Scor
         with screen.counting(f"evaluating ({split})") as progress:
             found = evaluate(loaded, kind, getattr(splits, split), recipe.train.eval_batch, progress)
     return found, steps
+
+
+def _say_what_differs(
+    recipe: Recipe, run: RunDirectory, kind: Kind[Any, Any], splits: EncodedSplits, screen: Screen
+) -> None:
+    """A line on what the run was made with and this evaluation is not. That it starts from its weights, replay sees."""
+    made_with = {name: digest for name, digest in run.read_inputs().items() if name != "weights"}
+    now = inputs_of(recipe, kind, splits.examples, models.checkpoints.load_processor(recipe.model.name))
+    if others := differing(made_with, now):
+        screen.say(f"{run.path} was made with other {others} than it is evaluated with now")
 
 
 def replay_if_begun(

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mezo_scale import tasks
@@ -11,6 +11,7 @@ from mezo_scale.collectives import gather_integers
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, SharedError
 from mezo_scale.models import checkpoints, heads
+from mezo_scale.models.fingerprints import of_examples
 from mezo_scale.models.shapes import skeleton
 from mezo_scale.models.tuning import virtual_tokens
 from mezo_scale.recipe import Recipe
@@ -21,11 +22,16 @@ _POSITIONS = re.compile(r"wpe|positions?_(?!bias)|_positions?|\bpos_|_pos\b")  #
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """A task's splits in a model's tokens."""
+    """A task's splits in a model's tokens.
+
+    Attributes:
+        examples: the digest of what was encoded.
+    """
 
     train: Sequence[Any]
     dev: Sequence[Any]
     test: Sequence[Any]
+    examples: str = field(default="", repr=False, compare=False)  # `digest` is of the tokens alone, in every log
 
     @classmethod
     def read(cls, recipe: Recipe, kind: Kind[Any, Any]) -> "EncodedSplits":
@@ -34,7 +40,8 @@ class EncodedSplits:
             _check_positions(recipe)
         splits = tasks.load(recipe.task)
         parts = (splits.train, splits.dev, splits.test)
-        return cls(*(kind.encode_all(part) for part in parts))
+        train, dev, test = (kind.encode_all(part) for part in parts)
+        return cls(train, dev, test, examples=of_examples(splits))
 
     def digest(self) -> int:
         """The first 64 bits of a SHA-256 of every token and label in order, signed."""

@@ -31,6 +31,7 @@ from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate, replay_if_begun
 from mezo_scale.runs.first_eps import eps_of
 from mezo_scale.runs.fitness import check_model
+from mezo_scale.runs.inputs import inputs_of
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, INFERENCE, STEPS, PhaseMemory
 from mezo_scale.runs.metrics import Metrics, filling
@@ -176,7 +177,8 @@ class Trainer:
         """The steps that are left. Those of a run that has ended in order are none."""
         done = optimizer.step_count
         if self.world.rank == 0:
-            self.run.describe(self.recipe, self.world)
+            inputs = inputs_of(self.recipe, self.kind, self.splits.examples, self.loaded.processor)
+            self.run.describe(self.recipe, self.world, inputs)
             snapshots.tidy(self.run)
             self.run.add_evaluation(**results)
         is_over = done == self.recipe.train.steps or self.dev.says_stop

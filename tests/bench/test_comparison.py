@@ -218,7 +218,7 @@ def test_stopped_and_gone_on_it_comes_to_the_same_table(tmp_path: Path, tree: di
     assert begun == names(twice)[:3]
     said: list[str] = []
     comparing.run(twice, start=start, say=said.append)
-    assert said[0] == "2 of 4 runs are left: the others have a result or have failed"
+    assert said[0] == "2 of 4 runs are left: the others have a result or have failed (--retry-failed)"
     tables = []
     for asked in (once, twice):
         comparison_report.write(asked, {})
@@ -316,7 +316,7 @@ def test_a_run_that_another_comparison_was_at_has_that_ones_result(tmp_path: Pat
     train(asked.cells[0].recipe)  # the other one ends
     said: list[str] = []
     assert comparing.run(asked, start=start, say=said.append) == {}
-    assert said == ["0 of 2 runs are left: the others have a result or have failed"]
+    assert said == ["0 of 2 runs are left: the others have a result or have failed (--retry-failed)"]
 
 
 def test_the_command_runs_each_cell_in_processes_of_its_own(

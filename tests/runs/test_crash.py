@@ -67,7 +67,7 @@ def test_a_wrong_failpoint_is_refused(setting: str) -> None:
 
 
 WRITERS: dict[str, Callable[[RunDirectory, Recipe, World], Any]] = {
-    "recipe.yaml": lambda run, recipe, world: run.describe(recipe, world),
+    "recipe.yaml": lambda run, recipe, world: run.describe(recipe, world, {}),
     "evaluation.json": lambda run, recipe, world: run.add_evaluation(zero_shot={}),
     "interrupted.json": lambda run, recipe, world: run.mark_interrupted(3, "SIGTERM"),
     "metrics.jsonl": lambda run, recipe, world: Metrics(run, world, 0, recipe, None),

@@ -16,6 +16,7 @@ from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.fitness import check_model
+from mezo_scale.runs.inputs import differing, inputs_now, inputs_of
 from mezo_scale.runs.memory import CHECKPOINT, EVALUATION, PhaseMemory
 from mezo_scale.runs.methods import adamw, icl, linear_probe
 from mezo_scale.runs.methods.setting import Fit, Outcome, Setting
@@ -52,10 +53,18 @@ def carry_out(
     was stopped begins again. Every rank calls it.
 
     Raises:
+        RecipeError: it was finished on other data or weights.
         TrajectoryError: another process carries it out.
     """
     screen, memory = Screen(world), PhaseMemory(world.device)
-    if max_integer(int(world.rank == 0 and is_finished(recipe, run))):
+    with world.raise_on_all():
+        finished = world.rank == 0 and is_finished(recipe, run)
+        if finished and (others := differing(run.read_inputs(), inputs_now(recipe))):
+            raise RecipeError(
+                f"{run.path} has a result on other {others} than there are now: give another output.dir, or put back "
+                "what it was made with"
+            )
+    if max_integer(int(finished)):
         screen.say(f"{run.path} has its result already: {run.report}")
         return
     loaded = models.load(recipe, world)
@@ -70,7 +79,7 @@ def carry_out(
                 screen.say(
                     f"{run.path} was stopped, and {recipe.method.name} keeps nothing to go on from: it begins again"
                 )
-            run.describe(recipe, world)
+            run.describe(recipe, world, inputs_of(recipe, kind, splits.examples, loaded.processor))
         metrics = Metrics(run, world, -1, recipe, None)
         setting = Setting(recipe, world, kind, splits, loaded, screen, memory, metrics)
         try:
