@@ -27,11 +27,13 @@ Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> losses of the batch's rows, [rows]. One that jumps, as the score of a text does, may have a
 ``smooth``, another of the same batch: by it the start-up check tells two ways of computing a forward apart."""
 
-PROBE = 10.0
-"""The start-up check perturbs this many eps: branches then differ by far more than two ways of computing one branch."""
+PROBES = (10.0, 100.0, 1000.0, 10000.0)
+"""The start-up check perturbs this many eps, the first of them by which branches differ by far more than two ways of
+computing one branch do."""
 
 _UNKNOWN = [math.nan] * signal.PARTS
-_FAILED = 2  # what a rank says of the start-up check that met an error; 1: it does not pair
+_ALIKE, _NOT_FINITE, _FAILED = 1, 2, 3  # what a rank says of a probe: branches are too much alike, or overflow, or it
+# met an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ class Evaluator:
                 losses = torch.as_tensor(closure()).detach().double().reshape(-1)
             if losses.numel() == 0:
                 raise ValueError("the closure returned an empty tensor: expected a scalar loss or per-row losses")
+            if count not in (0.0, losses.numel()):
+                raise ValueError(
+                    f"the closure returned {losses.numel()} losses in one branch and {count:g} in another: "
+                    "expected those of the same rows"
+                )
             sums.append(float(losses.sum()))
             count = float(losses.numel())
         return Sums(sums, [count], _UNKNOWN)
@@ -235,20 +242,30 @@ class Evaluator:
         Whatever the tall batch raises and single branches do not is a reason not to pair. All ranks decide together; an
         error of single branches is raised there, and a RankError on the others.
         """
-        probe = [(seed, PROBE * scale) for seed, scale in branches]
         compared = getattr(objective, "smooth", objective)
-        reason = ""
-        try:
-            apart = self._apart(piece, compared, probe)
-        except Exception:
-            collectives.max_integer(_FAILED)
-            raise
+        tolerance = 1e-3 if _widest(self.view) == torch.float32 else 3e-2
+        probe, apart, reason = list(branches), torch.empty(0), ""
+        for size in PROBES:
+            larger = [(seed, size * scale) for seed, scale in branches]
+            try:
+                found = self._apart(piece, compared, larger)
+            except Exception:
+                collectives.max_integer(_FAILED)
+                raise
+            state = _likeness(found, tolerance) if size == PROBES[0] or found.isfinite().all() else _NOT_FINITE
+            state = collectives.max_integer(state)
+            if state == _FAILED:
+                raise RankError("another rank failed while it evaluated the first losses, and says why itself")
+            if state != _NOT_FINITE:
+                probe, apart = larger, found
+            if state != _ALIKE:
+                break
         try:
             together = self._together(piece, compared, probe)
             if compared is not objective:
                 self._together(piece, objective, probe)  # it may take paths that the other does not
-            tolerance = 1e-3 if _widest(self.view) == torch.float32 else 3e-2
-            if not torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
+            same = torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True)
+            if not same or (not _likeness(apart, tolerance) and _strays(together, apart)):
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"
         except Exception as error:
             reason = in_words(error)
@@ -286,6 +303,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _likeness(losses: Tensor, tolerance: float) -> int:
+    """`_ALIKE`, or 0 if losses differ between the first and the last branch by far more than `tolerance`, or there is
+    but one branch. losses: [branches, rows]."""
+    moved = (losses[0] - losses[-1]).abs().max()
+    return 0 if len(losses) < 2 or moved > 20 * tolerance * (1 + losses.abs().max()) else _ALIKE
+
+
+def _strays(together: Tensor, apart: Tensor) -> bool:
+    """Whether the first branch is above the last one by other amounts: by a quarter of the largest, or more."""
+    amounts = apart[0] - apart[-1]
+    return bool((together[0] - together[-1] - amounts).abs().max() > amounts.abs().max() / 4)
 
 
 def _widest(view: View) -> torch.dtype:

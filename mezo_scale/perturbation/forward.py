@@ -176,7 +176,7 @@ class Runner:
         """torch's own Linear, called the ordinary way."""
         if type(module) is not nn.Linear or kwargs or len(args) != 1 or self.held:
             return False
-        if getattr(original, "__func__", None) is not _LINEAR:
+        if _LINEAR is None or getattr(original, "__func__", None) is not _LINEAR:
             return False  # somebody has put a forward of theirs in its place
         if not self._is_all_of(module, sites):
             return False  # what it is not given it reads as it is, and that must not be here

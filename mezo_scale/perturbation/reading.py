@@ -140,6 +140,15 @@ def is_called_by(code: tuple[str, ...], depth: int) -> bool:
     return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith(code)
 
 
+def memory_of(tensor: Tensor) -> int | None:
+    """Which memory a tensor lies in; None: it has none, or no one."""
+    with torch._C.DisableTorchFunction():
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # sparse ones, and those inside vmap, have no one memory
+            return None
+
+
 Fetch = Callable[[nn.Module, str, Tensor], Tensor]
 """(module, name, what is there) -> what the module gets."""
 

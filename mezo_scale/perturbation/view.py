@@ -33,7 +33,7 @@ from mezo_scale.perturbation.compiled import run_eagerly
 from mezo_scale.perturbation.forward import Runner
 from mezo_scale.perturbation.pairing import PairingError, in_words
 from mezo_scale.perturbation.readers import Readers, Running, caller
-from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by
+from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by, memory_of
 from mezo_scale.perturbation.scratch import Scratch
 from mezo_scale.perturbation.substitute import StandIns, in_float32, is_half, standing_in
 from mezo_scale.perturbation.weights import Branch, Weights, check_rank, check_unwritten, is_lookup, is_wide, stored
@@ -84,7 +84,7 @@ class View:
         self._settled = False  # whether an evaluation has shown who reads what
         self._bypassed: set[Site] = set()
         self._memory: dict[int | None, Site] = {}  # while learning, where the parameters lie
-        self._made: list[tuple[Site, Tensor]] = []  # where no reader was known, until the module under way has run
+        self._made: list[Reading] = []  # where no reader was known, until the module under way has run
         self._counted: set[nn.Module] = set()
         self._entry: nn.Module | None = None
         self._opened = ExitStack()
@@ -137,7 +137,8 @@ class View:
 
     def _close(self) -> None:
         self._runner.branches, self._runner.active, self._runner.held, self._entry = [], (), set(), None
-        self._made.clear()
+        while self._made:
+            self._made.pop().made = None
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class View:
         """Inside, every read is followed to its reader; afterwards those are known."""
         self._learning = True
         if not self.gathers:
-            self._memory = {_memory_of(stored(site)): site for site in self._readers.sites}
+            self._memory = {memory_of(stored(site)): site for site in self._readers.sites}
         try:
             with self._running.follow(self.model), Bypass(self._instead_of):
                 yield
@@ -248,6 +249,7 @@ class View:
         sites = self._readers.by_module.get(module, [])
         if sites and (is_lookup(module) or self._bypassed):
             sites = [] if is_lookup(module) else [site for site in sites if site not in self._bypassed]
+        sites = [site for site in sites if not self._is_put_there(stored(site))]
         if module not in self._counted:
             self._counted.add(module)
             self.read.update(site.name for site in sites)
@@ -264,7 +266,7 @@ class View:
     def _fetch(self, module: nn.Module, name: str, got: Tensor) -> Tensor:
         """What a module gets that asks for a tensor of its own or of another module."""
         site = self._at.get((module, name))
-        if site is None or site in self._runner.held or is_called_by(self._movers, 2):
+        if site is None or site in self._runner.held or is_called_by(self._movers, 2) or self._is_put_there(got):
             return got
         reading = Reading.of(got, site, self._running.module if self._learning else None, self)
         return reading if not isinstance(got, FakeTensor) else self.value_of(reading)
@@ -282,7 +284,7 @@ class View:
             wide = is_wide(reading.site.module) and reading.reader is reading.site.module
             branch = self._runner.neighbours(self._runner.active[:1])
             reading.made = self.weights.perturb(reading.site, branch, keep=True, wide=wide)[0]
-            self._made.append((reading.site, reading.made))
+            self._made.append(reading)
         return reading.made
 
     def rows_of(self, reading: Reading, ids: Tensor) -> Tensor:
@@ -292,10 +294,17 @@ class View:
         self._note(reading)
         return self.weights.rows(reading.site, self._runner.branches[self._runner.active[0]], ids)
 
+    def _is_put_there(self, found: Tensor) -> bool:
+        """Whether it is no parameter, but what ``functional_call`` has made of one that was read, and so perturbed."""
+        return not isinstance(found, nn.Parameter) and not self._in_instances
+
     def _check_made(self, begun: int) -> None:
         """Lets go of the weights made since then. Raises a ViewError if one was written."""
         while len(self._made) > begun:
-            check_unwritten(*self._made.pop())
+            reading = self._made.pop()
+            made, reading.made = reading.made, None  # a model may keep the reading for its next call
+            assert made is not None, "it was noted when it was made"
+            check_unwritten(reading.site, made)
 
     def _note(self, reading: Reading) -> None:
         site = reading.site
@@ -313,8 +322,8 @@ class View:
 
     def _instead_of(self, tensor: Tensor) -> Tensor:
         """What takes the place of a tensor that comes to an operation and was fetched from no module."""
-        if self._running.in_hooks or isinstance(tensor, DTensor) or not self._runner.branches:
-            return tensor
+        if isinstance(tensor, DTensor) or not self._runner.branches or (self.gathers and self._running.in_hooks):
+            return tensor  # hooks that gather and let go take the parameters themselves
         site = self._identified(tensor)
         if site is None or site in self._runner.held:
             return tensor
@@ -329,18 +338,10 @@ class View:
         """
         if isinstance(tensor, nn.Parameter):
             return next((site for site in self._readers.sites if stored(site) is tensor), None)
-        site = self._memory.get(_memory_of(tensor)) if self._memory and type(tensor) is Tensor else None
+        site = self._memory.get(memory_of(tensor)) if self._memory and type(tensor) is Tensor else None
         if site is not None and site not in self._runner.held:
             raise ViewError(
                 f"{site.name} is read through another tensor that shares its memory, which can't be perturbed: read it "
                 "as an attribute of its module"
             )
         return None
-
-
-def _memory_of(tensor: Tensor) -> int | None:
-    with torch._C.DisableTorchFunction():
-        try:
-            return int(tensor.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):  # sparse ones, and those inside vmap, have no one memory
-            return None

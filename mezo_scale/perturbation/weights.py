@@ -80,7 +80,7 @@ class Weights:
 
         Args:
             branches: at most two, where memory counts.
-            keep: in memory of its own, not in scratch.
+            keep: in memory of its own, not in scratch; as it is where autograd records, whose backward comes later.
             wide: in float32, whatever it is stored in.
         """
         with torch._C.DisableTorchFunction():
@@ -98,7 +98,7 @@ class Weights:
         held = local.local_of(weight)
         dtype = self.dtype_of(held, wide=wide)
         shape = (len(branches), *held.shape)
-        if keep:
+        if keep or torch.is_grad_enabled():
             with torch.inference_mode(False):  # there tensors do not count what is written to them
                 place = self._place(site, weight, torch.empty(shape, dtype=dtype, device=held.device))
         else:

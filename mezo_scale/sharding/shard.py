@@ -98,7 +98,7 @@ def run(local_offset: int, global_start: int, length: int) -> Runs:
 
 def memory_of(stored: torch.Tensor) -> tuple[object, ...]:
     """Tells a storage from any other while it is kept alive, as layouts do. Fake tensors have no address to compare."""
-    return stored.untyped_storage()._cdata, stored.storage_offset(), stored.dtype, stored.shape
+    return stored.untyped_storage()._cdata, stored.storage_offset(), stored.dtype, stored.shape, stored.stride()
 
 
 def is_normalisation(module: nn.Module) -> bool:

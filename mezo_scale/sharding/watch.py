@@ -67,7 +67,7 @@ class Watch:
                 return False
         for params, attr in self._frozen:  # not their storage, which offloading replaces at every forward
             param = params.get(attr)
-            if param is not None and param.requires_grad:
+            if param is None or param.requires_grad:
                 return False
         for params, attr, tuned, storage, memory in self._tuned:
             if params.get(attr) is not tuned or not tuned.requires_grad or memory_of(storage(tuned)) != memory:
