@@ -13,7 +13,7 @@ from pathlib import Path
 from mezo_scale.bench.comparison import Cell, Comparison
 from mezo_scale.bench.running import check_alone, ending_on_sigterm, killed_by, launched
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import Recipe, differences, dump
+from mezo_scale.recipe import Recipe, differences, dump, takes_steps
 from mezo_scale.recipe import load as load_recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
 from mezo_scale.runs.inputs import differing, inputs_now
@@ -66,6 +66,8 @@ def run(
         say(f"{len(left)} of {len(names)} runs are left: the others have a result or have failed (--retry-failed)")
     with ending_on_sigterm():
         for number, cell in enumerate(left, 1):
+            if number > 1:
+                _check_inputs(comparison, afresh=True)  # a file may be edited while a run goes on
             say(f"[{number}/{len(left)}] {cell.name}")
             if finished(cell):  # by another comparison in the same folder, in the meantime
                 continue
@@ -79,6 +81,8 @@ def run(
                 failed[cell.name] = reason
                 say(f"    failed: {reason}")
             replace_file(out / FAILED, json.dumps(failed, indent=2) + "\n")
+    if left:
+        _check_inputs(comparison, afresh=True)
     return _without_result(comparison, failed)
 
 
@@ -129,11 +133,30 @@ def _frozen(cell: Cell) -> Recipe:
         asked = asked.model_copy(
             update={"train": asked.train.model_copy(update={"objective": recorded.train.objective})}
         )
-    if changed := differences(recorded, asked):
+    changed = differences(recorded, asked)
+    if finished(cell) and takes_steps(asked.method.name):
+        changed += _graded_otherwise(recorded, asked)
+    if changed:
         raise RecipeError(
             f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir, or the same values"
         )
     return asked
+
+
+def _graded_otherwise(recorded: Recipe, asked: Recipe) -> list[str]:
+    """What a run may go on with, but decides which of its steps the result is of: as `differences`."""
+    before, after = (
+        {
+            "output.checkpoint=best": recipe.output.checkpoint == "best",
+            "train.patience": recipe.train.patience,
+            "train.steps": recipe.train.steps,
+            "train.eval_every": recipe.train.eval_every,
+        }
+        for recipe in (recorded, asked)
+    )
+    if not any((before["output.checkpoint=best"], after["output.checkpoint=best"], after["train.patience"])):
+        return []  # the last step's, of as many as are asked for
+    return [f"{name}: {before[name]!r}, now {after[name]!r}" for name in before if before[name] != after[name]]
 
 
 def _read_failed(out: Path) -> dict[str, str]:

@@ -74,6 +74,8 @@ def measured(cell: Cell, reason: str | None) -> Run:
         return replace(found, reason=reason or "has not been run yet")
     result, lines = run.read_evaluation()[RESULTS[method]], run.read_metrics()
     metric = main_metric(result)
+    if result[metric] is None:
+        return replace(found, reason=f"it ended, but with no {metric}: on some rows that is not finite")
     graded = [line.get(f"dev_{metric}") for line in lines if line["step"] == result.get("step")]
     dev = next((value for value in graded if value is not None), None) if takes_steps(method) else None
     low, high = result.get("interval_95", (None, None))

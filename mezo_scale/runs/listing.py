@@ -113,6 +113,7 @@ def _entry(run: Path) -> dict[str, Any]:
     results, steps = files.read_evaluation(), recipes.takes_steps(method)
     metric = main_metric(results.get("zero_shot", {}))
     seconds = sorted(line["seconds"] for line in lines if steps and "seconds" in line)
+    graded = results.get("ended", results.get("tuned", {})).get("step", done)
     dev = [line[f"dev_{metric}"] for line in lines if line.get(f"dev_{metric}") is not None]
     return {
         "run": str(run),
@@ -123,7 +124,7 @@ def _entry(run: Path) -> dict[str, Any]:
         "bounded": is_share(results.get("zero_shot", {})),
         "zero_shot": results.get("zero_shot", {}).get(metric),
         "dev": dev[-1] if dev else None,
-        "tuned": results.get(RESULTS[method], {}).get(metric),
+        "tuned": results.get(RESULTS[method], {}).get(metric) if graded == done else None,  # it has gone on since
         "recipe": tree,
     }
 

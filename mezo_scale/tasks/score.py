@@ -1,6 +1,7 @@
 """What a model is worth on a split: named means over rows, and how sure one can be of them."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -8,6 +9,12 @@ from typing import Any, ClassVar
 from mezo_scale import collectives
 from mezo_scale.tasks.estimate import Estimate, Z
 from mezo_scale.tasks.perplexity import Perplexity
+
+
+def most_frequent(labels: Sequence[int]) -> int | None:
+    """The label that comes most often; None if several do, as in rows drawn per class: which it is would be chance."""
+    first, *others = Counter(labels).most_common(2)
+    return None if others and others[0][1] == first[1] else first[0]
 
 
 @dataclass(frozen=True)

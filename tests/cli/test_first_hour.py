@@ -113,6 +113,16 @@ def test_runs_are_compared_by_the_fields_in_which_they_differ(run: Run, two_runs
     assert slow["zero_shot"] == results["zero_shot"]["accuracy"]
 
 
+def test_a_result_is_not_listed_beside_steps_that_came_after_it(run: Run, two_runs: Path) -> None:
+    (two_runs / "slow" / "report.md").unlink()
+    results = json.loads((two_runs / "slow" / "evaluation.json").read_text())
+    for part in ("tuned", "ended"):
+        results[part]["step"] = 2  # as if the run had gone on from there, and were stopped after step 4
+    (two_runs / "slow" / "evaluation.json").write_text(json.dumps(results))
+    _, slow = json.loads(run("runs", two_runs, "--json")[1])
+    assert (slow["steps"], slow["tuned"]) == (4, None)
+
+
 def test_a_run_that_cannot_be_read_is_a_row_with_its_reason(run: Run, two_runs: Path) -> None:
     log = two_runs / "fast" / "trajectory.mezo"
     data = bytearray(log.read_bytes())

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,11 +22,13 @@ from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.evaluate import evaluate_recipe
 from mezo_scale.runs.learning import order_of
 from mezo_scale.runs.methods import setting
-from mezo_scale.runs.methods.icl import demonstrated
+from mezo_scale.runs.methods.icl import demonstrated, mean_of
 from mezo_scale.runs.methods.linear_probe import regress
 from mezo_scale.runs.methods.session import is_finished
 from mezo_scale.runs.session import train
 from mezo_scale.runs.splits import EncodedSplits, prepare
+from mezo_scale.tasks import Score
+from mezo_scale.tasks.score import ByClass
 from mezo_scale.trajectory.lock import Lock
 from tests.support import questions
 
@@ -220,6 +223,31 @@ def test_draws_differ_and_their_mean_and_deviation_are_reported(make: Make) -> N
     assert len({line["test_loss"] for line in lines(recipe)}) == 3
     low, high = found["interval_95"]
     assert high - low > 0.25  # of 32 rows, not of 96
+
+
+def test_the_mean_of_draws_is_that_of_their_values_whatever_the_metric() -> None:
+    """Of two draws that give one class to all each, a macro F1 over the rows of both would be better than either."""
+    labels = [0, 1] * 50
+    draws = [Score({"macro_f1": ByClass.of("macro_f1", [each] * 100, labels, 2)}, "macro_f1") for each in (0, 1)]
+    assert mean_of(draws)["macro_f1"] == pytest.approx(1 / 3)
+    recalls = [ByClass.of("balanced_accuracy", chosen, [0] * 970 + [1] * 30, 2) for chosen in ([0] * 980 + [1] * 20,)]
+    one = Score({"balanced_accuracy": recalls[0]}, "balanced_accuracy")
+    assert mean_of([one, one])["interval_95"] == pytest.approx(one.as_dict()["interval_95"])
+
+
+def test_a_baseline_that_begins_again_leaves_nothing_of_the_result_before(make: Make) -> None:
+    recipe = make("adamw", *ADAMW)
+    train(recipe)
+    longer = make("adamw", *ADAMW, "steps=12", "eval_every=0")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(longer)
+    assert not is_finished(recipe, RunDirectory(recipe.directory))
+    assert not (recipe.directory / "report.md").exists()
+    train(longer)
+    assert "best" not in results(longer)
+    assert "was best after step" not in (recipe.directory / "report.md").read_text()
 
 
 def test_icl_poses_written_answers_too(make: Make, tmp_path: Path) -> None:

@@ -145,7 +145,10 @@ def test_texts_are_normalised_as_squad_does(text: str, expected: str) -> None:
         ("cat cat", "cat", 2 / 3, 0.0),  # a word counts as often as both have it
         ("dog", "cat", 0.0, 0.0),
         ("", "cat", 0.0, 0.0),
-        ("the", "a", 1.0, 1.0),  # nothing is left of either
+        ("the", "a", 0.0, 0.0),  # normalising leaves nothing of either, so they count as they are
+        ("", "A", 0.0, 0.0),
+        ("-", "+", 0.0, 0.0),
+        (" + ", "+", 1.0, 1.0),
     ],
 )
 def test_scores_are_these(found: str, answer: str, overlap: float, same: float) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mezo_scale import collectives
 from mezo_scale.tasks import Metric, Score
-from mezo_scale.tasks.score import ByClass, wilson
+from mezo_scale.tasks.score import ByClass, most_frequent, wilson
 from tests.support.pool import Ranks
 
 
@@ -100,3 +100,9 @@ def test_every_rank_gets_the_score_of_all_rows(ranks: Ranks) -> None:
     values = [1.0, math.nan, 0.5]
     whole = Score({"f1": Metric.of(values), "loss": Metric.of(values, bounded=False)}, "f1")
     assert ranks(3, score_over_ranks) == [whole] * 3
+
+
+def test_the_most_frequent_label_is_none_where_several_are() -> None:
+    assert most_frequent([2, 0, 2]) == 2
+    assert most_frequent([1]) == 1
+    assert most_frequent([0, 1, 1, 0, 2]) is None

@@ -20,7 +20,7 @@ from mezo_scale.runs.splits import EncodedSplits
 from mezo_scale.tasks import Example, Kind, Question, Score
 from mezo_scale.tasks.example import Cloze
 from mezo_scale.tasks.order import permutation
-from mezo_scale.tasks.score import interval_key, wilson
+from mezo_scale.tasks.score import ByClass, interval_key, wilson
 
 SEPARATOR = "\n\n"  # between demonstrations, as the paper has it for all of its tasks
 _DRAWS = 2**61  # where the streams of permutations begin that demonstrations are drawn by
@@ -123,6 +123,12 @@ def _fit(setting: Setting, drawn: Sequence[Sequence[Any]], count: int, kept: Seq
     return Outcome(result, about)
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if one of them is."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
+
+
 def mean_of(scores: Sequence[Score]) -> dict[str, Any]:
     """The mean of several scores of the same rows, as `Score.as_dict` has one; of two or more also `draws`, the main
     metric of each, and `deviation`, the standard deviation of those."""
@@ -130,9 +136,13 @@ def mean_of(scores: Sequence[Score]) -> dict[str, Any]:
         return scores[0].as_dict()
     pooled, rows = reduce(add, scores), scores[0].count
     result = pooled.as_dict() | {"count": rows, "not_finite": max(score.not_finite for score in scores)}
-    for name in pooled.metrics:
-        key = interval_key(name, pooled.main)
-        if key in result:  # the same examples again make it no surer
+    for name, metric in pooled.metrics.items():
+        key, each = interval_key(name, pooled.main), [score.metrics[name] for score in scores]
+        if isinstance(metric, ByClass):  # no mean over rows, so that of all draws' rows is not that of their values
+            result[name] = _mean([one.value for one in each])
+            if key in result:
+                result[key] = [_mean([one.low for one in each]), _mean([one.high for one in each])]
+        elif key in result:  # the same examples again make it no surer
             result[key] = list(wilson(result[name] * rows, rows))
     values = [score.metrics[score.main].value for score in scores]
     known = [value for value in values if value is not None]

@@ -79,6 +79,8 @@ def carry_out(
                 screen.say(
                     f"{run.path} was stopped, and {recipe.method.name} keeps nothing to go on from: it begins again"
                 )
+            for path in (run.evaluation, run.report):  # of the run that was there before
+                path.unlink(missing_ok=True)
             run.describe(recipe, world, inputs_of(recipe, kind, splits.examples, loaded.processor))
         metrics = Metrics(run, world, -1, recipe, None)
         setting = Setting(recipe, world, kind, splits, loaded, screen, memory, metrics)

@@ -1,7 +1,6 @@
 """Tasks that choose among candidates: a prompt, the answers that may follow it, and which of them is right."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from mezo_scale.tasks.kinds.encoded import Encoded, encode
 from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs, last_logits, mask_logits
 from mezo_scale.tasks.reward import Reward
-from mezo_scale.tasks.score import ByClass, Metric, Score
+from mezo_scale.tasks.score import ByClass, Metric, Score, most_frequent
 
 _NEUTRAL = "neutral_"  # before the names of what a batch has for the neutral prompts
 
@@ -242,7 +241,9 @@ class Candidates(Kind[Encoded, Choice]):
 
     def baselines(self, train: Sequence[Encoded], test: Sequence[Encoded]) -> dict[str, Score]:
         """What always answering with the train split's most frequent label gives."""
-        label, _ = Counter(row.label for row in train).most_common(1)[0]
+        label = most_frequent([row.label for row in train])
+        if label is None:
+            return {}
         chosen = [label if label < len(row.candidates) else None for row in test]
         return {"majority": self._graded(chosen, test)}
 

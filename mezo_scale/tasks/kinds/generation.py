@@ -208,16 +208,21 @@ def best(
 
 def exact_match(found: str, answer: str) -> float:
     """1 if the texts are the same once `normalised`, else 0."""
-    return float(normalised(found) == normalised(answer))
+    return float(_compared(found) == _compared(answer))
 
 
 def f1(found: str, answer: str) -> float:
     """Harmonic mean of precision and recall of the words of the texts, once `normalised` (Rajpurkar et al., 2016)."""
-    mine, right = normalised(found).split(), normalised(answer).split()
+    mine, right = _compared(found).split(), _compared(answer).split()
     if not mine or not right:
         return float(mine == right)
     common = sum((Counter(mine) & Counter(right)).values())
     return 2 * common / (len(mine) + len(right))
+
+
+def _compared(text: str) -> str:
+    """`normalised`; a text of which that leaves nothing ("+", "A") as it is, lest it be the same as none at all."""
+    return normalised(text) or " ".join(text.lower().split())
 
 
 def normalised(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from mezo_scale.tasks.encoding import Batch
 from mezo_scale.tasks.example import Picture
 from mezo_scale.tasks.kinds.candidates import Choice
 from mezo_scale.tasks.kinds.kind import Kind, Objective, refuse_temperature
-from mezo_scale.tasks.score import AnyMetric, ByClass, Metric, Score
+from mezo_scale.tasks.score import AnyMetric, ByClass, Metric, Score, most_frequent
 from mezo_scale.tasks.tables import shown
 
 
@@ -109,7 +108,9 @@ class Images(Kind[Image, Choice]):
 
     def baselines(self, train: Sequence[Image], test: Sequence[Image]) -> dict[str, Score]:
         """What always answering with the train split's most frequent class gives."""
-        label, _ = Counter(row.label for row in train).most_common(1)[0]
+        label = most_frequent([row.label for row in train])
+        if label is None:
+            return {}
         return {"majority": Score(self._graded([label] * len(test), test), self._main)}
 
     def _graded(self, chosen: Sequence[int | None], rows: Sequence[Image]) -> dict[str, AnyMetric]:
