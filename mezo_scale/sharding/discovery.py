@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mezo_scale import noise
 from mezo_scale.errors import ModelError, ShardingError
 from mezo_scale.sharding import schemes
 from mezo_scale.sharding.place import Place
+from mezo_scale.sharding.plain import Plain
 from mezo_scale.sharding.shard import Layout, Shard, Site, is_decayed, walk
 from mezo_scale.sharding.watch import Watch
 
@@ -25,7 +27,7 @@ def shards(model: nn.Module) -> list[Shard]:
             ``accelerate`` or ``from_pretrained(distributed_config=...)``. It is neither wrapped nor copied.
 
     Raises:
-        ShardingError: a wrapper or a parameter type that is not known.
+        ShardingError: a wrapper or a parameter type that is not known, or parameters in one memory.
         ModelError: nothing trainable, TorchScript, or parameters that are quantised or on the meta device.
     """
     return discover(model).shards
@@ -55,6 +57,7 @@ def discover(model: nn.Module) -> Layout:
         sites.append(Site(place.module, place.attr, shard.name, shard.param_id))
     if not found:
         raise ModelError("the model has no trainable parameter: set requires_grad on what MeZO is to tune")
+    _check_apart(model, listed)
     watch = Watch(model, listed, {parameters[shard.name] for shard in found.values() if shard.paged is not None})
 
     keep = {place.adapter for place in listed}
@@ -120,6 +123,35 @@ def shard_of(place: Place) -> Shard:
     )
     decayed = is_decayed(place.module, place.attr)
     return Shard(place.name, noise.param_id(place.name), shape, local, runs, replica, decayed, paged)
+
+
+def _check_apart(model: nn.Module, listed: list[Place]) -> None:
+    """Raise ShardingError if a trainable parameter shares memory with another parameter or with a buffer: it would move
+    with it, and not be perturbed with it. (A tied weight is one parameter in several places.)"""
+    stored: list[tuple[int, int, str, bool]] = []
+    own = {id(place.param): place for place in listed if place.inner is None}
+    named = [(place.name, place.param, place.trainable) for place in own.values()]
+    for name, held, trainable in [*named, *((name, held, False) for name, held in model.named_buffers())]:
+        if not isinstance(schemes.find(held), Plain) or not _has_memory(held):
+            continue
+        start = held.data_ptr()
+        stored.append((start, start + held.numel() * held.element_size(), name, trainable))
+    end, last, last_trainable = 0, "", False
+    for start, stop, name, trainable in sorted(stored):
+        if start < end and (trainable or last_trainable):
+            raise ShardingError(
+                f"{name} and {last} lie in the same memory, but are not one parameter, so that one would move with the "
+                "other and not be perturbed with it: tie them by giving both modules the same parameter"
+            )
+        if stop > end:
+            end, last, last_trainable = stop, name, trainable
+
+
+def _has_memory(held: torch.Tensor) -> bool:
+    """Whether a tensor's numbers lie one after the other in memory."""
+    if isinstance(held, FakeTensor) or held.is_meta or held.layout != torch.strided or held.numel() == 0:
+        return False
+    return held.is_contiguous() and held.data_ptr() != 0
 
 
 def _check_storage(module: nn.Module, shard: Shard) -> None:

@@ -271,6 +271,24 @@ def test_models_that_can_not_be_tuned_are_refused() -> None:
         ms.MeZO(nn.Sequential(nn.Linear(3, 3), scripted))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_parameters_in_one_memory_are_refused(frozen: bool) -> None:
+    """As of a head that was tied by its data. Parts of one memory that do not overlap are two parameters."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight.data = model[0].weight.data
+    model[1].requires_grad_(not frozen)
+    with pytest.raises(ShardingError, match=r"weight and [01]\.weight lie in the same memory, but are not one param"):
+        ms.MeZO(model)
+    model[1].weight = model[0].weight
+    ms.MeZO(model)
+    flat = torch.randn(30)
+    model[0].weight, model[1].weight = nn.Parameter(flat[:15].view(5, 3)), nn.Parameter(flat[15:].view(5, 3))
+    ms.MeZO(model)
+    model[0].register_buffer("mirror", flat[10:20])
+    with pytest.raises(ShardingError, match="0.mirror and 0.weight lie in the same memory"):
+        ms.MeZO(model)
+
+
 def test_a_sharding_that_is_not_known_is_never_taken_for_plain() -> None:
     class Strange(nn.Parameter):
         pass
