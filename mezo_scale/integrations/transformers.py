@@ -90,6 +90,13 @@ class MeZOMixin(_Trainer):  # type: ignore[misc]
             raise ValueError(
                 "fp16 scales the loss for gradients, of which there are none: expected bf16=True or neither"
             )
+        if objective is not None and (self.args.label_smoothing_factor or self.compute_loss_func is not None):
+            raise ValueError(
+                "objective is given, and label_smoothing_factor or compute_loss_func, which it does not look at: leave "
+                "one of them out"
+            )
+        if self.args.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha adds noise in training mode, in which no step is: leave it out")
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
         if self.args.n_gpu > 1:

@@ -108,8 +108,7 @@ class MeZO(torch.optim.Optimizer):
         self._past: list[Measured] = []
         self._heartbeat = Heartbeat(hang_timeout)
         self._evaluator = Evaluator(model, view, paired=paired)
-        for group in self.param_groups:
-            groups.check_owned(group["params"], view.layout)
+        groups.check_owned(groups.members(self.param_groups), view.layout)
         numbers = groups.numbers(self.param_groups, view.layout, {})
         self._writer = Writer(view.layout, numbers, rounding=rounding, noise=view.weights.noise)
         self._reads = Reads([shard.name for shard in view.layout.shards])
@@ -146,10 +145,8 @@ class MeZO(torch.optim.Optimizer):
         """Evaluate this step's branches on some rows and keep the sums: several calls are one larger batch.
 
         ``step()`` without arguments then applies the step. Every rank measures at least once per step, and as often as
-        the others where the model is sharded. Arguments as for `step`.
-
-        Returns:
-            The mean loss over these rows of this rank and all branches.
+        the others where the model is sharded. Arguments as for `step`. Returns the mean loss over these rows of this
+        rank and all branches.
 
         Raises:
             ValueError: arguments that can't be evaluated. What was measured before is kept.
@@ -192,10 +189,9 @@ class MeZO(torch.optim.Optimizer):
           on none. Those who wait for this rank's part of a weight, in the middle of a sharded model's forward, can't be
           given an exception: after half a minute their processes end with a line that names it.
         - A step that waits longer than ``hang_timeout`` for a rank ends the processes that wait, likewise.
-        - A model that was wrapped, cast, loaded by assignment or (un)frozen since the last step is looked at again.
-          Under a trajectory its tuned weights must keep names, shapes, dtypes and groups, else a TrajectoryError says
-          which does not; under rounding "master" their shards too, else a ShardingError.
-        - Without arguments and with nothing measured nothing happens: torch.distributed.checkpoint does that.
+        - A model that was wrapped, cast or (un)frozen since the last step is looked at again. Under a trajectory its
+          tuned weights must keep names, shapes, dtypes, groups and values, else a TrajectoryError says which does not;
+          under rounding "master" their shards too, else a ShardingError.
         - ``accelerate``'s wrapper passes the closure on only when it synchronises gradients, and drops the calls in
           between: to accumulate, call `measure` on the optimizer itself.
         """
@@ -296,6 +292,8 @@ class MeZO(torch.optim.Optimizer):
     def _follow(self) -> None:
         """Look at the model again if it is no longer the one that was looked at. Raises before anything changes."""
         if self._writer.layout.is_current():
+            if self.trajectory is not None:
+                self._writer.check_untouched()
             return
         under_way, self._under_way = self._under_way, None
         if under_way is not None and under_way.sums is not None:
@@ -308,6 +306,7 @@ class MeZO(torch.optim.Optimizer):
         writer = Writer(view.layout, numbers, rounding=old.rounding, noise=old.noise)
         if self.trajectory is not None:
             self.trajectory.header.check_manifest(manifest(writer), "the trajectory being written")
+            writer.check_goes_on(old)
         if self.step_count:
             writer.take_over_(old)
         self._writer = writer

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mezo_scale.errors import ShardingError
+from mezo_scale.errors import ShardingError, TrajectoryError
 from mezo_scale.noise import NORMAL, Noise, param_id
 from mezo_scale.noise.api import part_of
 from mezo_scale.noise.parts import Part
@@ -58,6 +58,29 @@ class Writer:
         self.state: dict[nn.Parameter, Tensor] = {}
         if rounding == "master":
             self._add_remainders()
+        self._left = self._versions()
+
+    def _versions(self) -> list[int]:
+        """How often torch has written to each parameter, which it counts where they are stored whole. (The sweeps write
+        past it.)"""
+        held = [] if self.layout.gathers else list(self.layout.parameters.values())
+        return [-1 if param.is_inference() else param._version for param in held]
+
+    def check_untouched(self) -> None:
+        """Raise a TrajectoryError that names the first parameter that something else has written since `apply_`."""
+        for name, left, found in zip(self.layout.parameters, self._left, self._versions(), strict=False):
+            if left != found:
+                raise _other_values(name)
+
+    def check_goes_on(self, other: Writer) -> None:
+        """Raise a TrajectoryError that names the first shard whose values are not what another writer left."""
+        before = {shard.name: shard for shard in other.layout.shards}
+        for shard in self.layout.shards:
+            old = before.get(shard.name)
+            if old is None or old.paged or shard.paged or not _same_storage(shard, old) or old.local is shard.local:
+                continue
+            if old.local.device == shard.local.device and not torch.equal(old.local, shard.local):
+                raise _other_values(shard.name)
 
     def _add_remainders(self) -> None:
         """The low halves of the masters, zero: per shard a piece of what is kept for its parameter."""
@@ -146,6 +169,7 @@ class Writer:
             if written:
                 self._write_(shards, written)
         self.layout.refresh()
+        self._left = self._versions()
 
     def _write_(self, shards: Sequence[Shard], records: Sequence[StepRecord]) -> None:
         groups = range(len(records[0].decays))
@@ -181,6 +205,13 @@ class Writer:
                 decays=group + 1 if shard.decayed else 0,
             )
         return part
+
+
+def _other_values(name: str) -> TrajectoryError:
+    return TrajectoryError(
+        f"{name} has other values than the last step has left (loaded, clipped, or averaged?), which the trajectory "
+        "does not have, so that a replay would give other weights: leave them, or begin a new trajectory"
+    )
 
 
 def low_bits_of(shard: Shard, low: Tensor) -> Shard:

@@ -234,6 +234,12 @@ def test_what_is_for_gradients_is_refused_or_left_out(tmp_path: pathlib.Path) ->
         MeZOTrainer(model, config(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
     with pytest.raises(ValueError, match="fp16 scales the loss"):
         MeZOTrainer(model, config(tmp_path, fp16=True))
+    with pytest.raises(ValueError, match="objective is given, and label_smoothing_factor"):
+        MeZOTrainer(model, config(tmp_path, label_smoothing_factor=0.1), objective=ms.objectives.labels)
+    with pytest.raises(ValueError, match="objective is given, and label_smoothing_factor"):
+        MeZOTrainer(model, config(tmp_path), objective=ms.objectives.labels, compute_loss_func=max)
+    with pytest.raises(ValueError, match="neftune_noise_alpha adds noise in training mode"):
+        MeZOTrainer(model, config(tmp_path, neftune_noise_alpha=5.0))
     arguments = config(tmp_path, activation_checkpointing=True, max_grad_norm=3.0)
     with pytest.warns(UserWarning, match="^max_grad_norm, activation_checkpointing.*: for gradients"):
         trainer = MeZOTrainer(model, arguments)

@@ -179,6 +179,33 @@ def test_a_change_that_keeps_the_manifest_goes_on_under_the_trajectory(tmp_path:
     assert unmoved(again, weights(model)) == list(weights(model))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_values_that_the_trajectory_does_not_have_are_refused(tmp_path: pathlib.Path, assign: bool) -> None:
+    """Loaded between two steps: a replay would give other weights than the run has."""
+    batch = {"x": torch.randn(8, 4)}
+
+    def objective(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"]).square().sum(1)
+
+    model = nn.Linear(4, 3)
+    opt = ms.MeZO(model, lr=1e-3, trajectory=tmp_path / "run.mezo")
+    opt.step(batch=batch, objective=objective)
+    opt.step(batch=batch, objective=objective)
+    same = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict({name: value + 1 for name, value in same.items()}, assign=assign)
+    with pytest.raises(TrajectoryError, match="weight has other values than the last step has left"):
+        opt.step(batch=batch, objective=objective)
+    assert opt.trajectory is not None
+    assert len(opt.trajectory) == 2
+    if assign:  # then the values can be compared
+        model.load_state_dict(same, assign=True)
+        opt.step(batch=batch, objective=objective)
+    free = ms.MeZO(model, lr=1e-3)
+    free.step(batch=batch, objective=objective)
+    model.load_state_dict(same)
+    free.step(batch=batch, objective=objective)
+
+
 def test_masters_follow_the_same_shards_and_are_never_dropped_silently() -> None:
     straight, moved = (models.build("llama", dtype=torch.bfloat16) for _ in range(2))
     one, other = (ms.MeZO(model, lr=1e-4, eps=1e-2, rounding="master") for model in (straight, moved))
