@@ -39,26 +39,6 @@ def standing_in(values: Sequence[tuple[nn.Module, str, object]]) -> Iterator[Non
                 module.__dict__[name] = value
 
 
-class StandIns:
-    """What takes the places of modules' methods, each made once for as long as the method is the same.
-
-    Hundreds of functions made in every step would have the garbage collector look through all that the process holds
-    every few steps.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[nn.Module, str], Any] = {}
-
-    def of(self, module: nn.Module, name: str, instead_of: Callable[[Any], Any]) -> Callable[..., Any]:
-        """What takes the place of ``module.name``: ``instead_of(module.name)``."""
-        original = getattr(module, name)
-        made = self._made.get((module, name))
-        if made is None or made.__wrapped__ != original:
-            made = self._made[module, name] = instead_of(original)
-            made.__wrapped__ = original  # callers look at a model's signature
-        return made  # type: ignore[no-any-return]
-
-
 def in_float32(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward on float32 copies of its 16-bit inputs, its results in their dtype again."""
     halves = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if is_half(leaf)]

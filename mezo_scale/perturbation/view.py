@@ -12,7 +12,6 @@ branch is in force, an error that names it and its reader if several are.
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,7 +34,7 @@ from mezo_scale.perturbation.pairing import PairingError, in_words
 from mezo_scale.perturbation.readers import Readers, Running, caller
 from mezo_scale.perturbation.reading import Bypass, Reading, fetching, guarding, is_called_by, memory_of
 from mezo_scale.perturbation.scratch import Scratch
-from mezo_scale.perturbation.substitute import StandIns, in_float32, is_half, standing_in
+from mezo_scale.perturbation.substitute import in_float32, is_half, standing_in
 from mezo_scale.perturbation.weights import Branch, Weights, check_rank, check_unwritten, is_lookup, is_wide, stored
 from mezo_scale.sharding import Layout, Site, discover, schemes
 
@@ -90,7 +89,6 @@ class View:
         self._opened = ExitStack()
         self._given: set[nn.Module] = set()
         self._watching = False
-        self._instead, self._weak = StandIns(), weakref.proxy(self)  # a view that was let go of gives its memory back
 
     @property
     def is_pairing(self) -> bool:
@@ -167,23 +165,20 @@ class View:
 
     def _watched(self, module: nn.Module) -> tuple[str, Callable[..., Any]]:
         """What a call of a module comes to, by its name in torch's Module, and what takes its place."""
-        view = self._weak
-
-        def instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if view._entry is not None or view._learning or len(view._runner.active) == 1:
-                    return original(*args, **kwargs)
-                view._entry = module
-                try:
-                    view._learn_call(module, args, kwargs)
-                    return original(*args, **kwargs)
-                finally:
-                    view._entry = None
-
-            return call
-
         name = "_call_impl" if module._compiled_call_impl is None else "_compiled_call_impl"
-        return name, self._instead.of(module, name, instead_of)
+        original: Callable[..., Any] = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._entry is not None or self._learning or len(self._runner.active) == 1:
+                return original(*args, **kwargs)
+            self._entry = module
+            try:
+                self._learn_call(module, args, kwargs)
+                return original(*args, **kwargs)
+            finally:
+                self._entry = None
+
+        return name, call
 
     def _learn_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows of an outermost call and, the first time, what divides in it. Where weights are gathered in a forward,
@@ -234,10 +229,13 @@ class View:
 
     def _shadow_of(self, module: nn.Module) -> Callable[..., Any]:
         # Inside `forward`, after the hooks that gather; an instance's own, when another library has put one there.
-        view = self._weak
-        return self._instead.of(
-            module, "forward", lambda original: lambda *args, **kwargs: view._run(module, original, args, kwargs)
-        )
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(module, original, args, kwargs)
+
+        forward.__wrapped__ = original  # type: ignore[attr-defined]  # callers look at a model's signature
+        return forward
 
     def _run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         begun = len(self._made)

@@ -1,4 +1,4 @@
-"""What takes methods' places while a view is open: made once, of the method that is there, and gone with the view."""
+"""What takes methods' places while a view is open: of the method that is there, and gone with the view."""
 
 import gc
 import weakref
@@ -28,20 +28,6 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def results(view: View, module: nn.Module) -> tuple[Tensor, object]:
-    """Of both branches, and what took the place of the module's forward."""
-    with view.branches(PAIR):
-        return view.model(X.repeat(2, 1)), vars(module)["forward"]
-
-
-def test_what_takes_a_forwards_place_is_made_once(model: nn.Sequential) -> None:
-    view = View(model)
-    (first, one), (second, other) = results(view, model[0]), results(view, model[0])
-    assert one is other
-    assert torch.equal(first, second)
-    assert "forward" not in vars(model[0])
-
-
 @pytest.mark.parametrize("drawn", [Noise("normal"), Noise("low_rank", 1)], ids=str)
 @pytest.mark.parametrize("branches", [PAIR, PAIR[:1]], ids=["all", "one"])
 def test_a_forward_that_was_put_in_the_place_of_another_is_the_one_that_runs(
@@ -65,7 +51,8 @@ def test_a_forward_that_was_put_in_the_place_of_another_is_the_one_that_runs(
 @pytest.mark.usefixtures("no_collector")
 def test_a_view_that_is_let_go_of_gives_its_scratch_back_at_once(model: nn.Sequential) -> None:
     view = View(model)
-    results(view, model[0])
+    with view.branches(PAIR):
+        model(X.repeat(2, 1))
     scratch = weakref.ref(view.weights.scratch)
     assert scratch() is not None
     del view
