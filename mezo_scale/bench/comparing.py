@@ -14,7 +14,6 @@ from mezo_scale.bench.comparison import Cell, Comparison
 from mezo_scale.bench.running import check_alone, ending_on_sigterm, killed_by, launched
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, dump, takes_steps
-from mezo_scale.recipe import load as load_recipe
 from mezo_scale.runs.directory import RunDirectory, replace_file
 from mezo_scale.runs.inputs import differing, inputs_now
 from mezo_scale.runs.methods.session import is_finished
@@ -128,7 +127,7 @@ def _frozen(cell: Cell) -> Recipe:
     run, asked = RunDirectory(cell.recipe.directory), cell.recipe
     if not run.recipe.is_file():
         return asked
-    recorded = load_recipe(run.path)
+    recorded = run.recorded()
     if asked.train.objective is None:  # a run writes out which that is
         asked = asked.model_copy(
             update={"train": asked.train.model_copy(update={"objective": recorded.train.objective})}

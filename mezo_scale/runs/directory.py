@@ -17,7 +17,7 @@ import torch
 
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import RECIPE_FILE, Recipe, TrainSection, dump, load
+from mezo_scale.recipe import RECIPE_FILE, Recipe, TrainSection, dump, load, parse
 from mezo_scale.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class RunDirectory:
         sessions = _read_json(self.environment, list)
         if sessions is None:
             keep_aside(self.environment)
-        session = environment(world) | {"inputs": dict(inputs)}
+        session = environment(world) | {"inputs": dict(inputs), "recipe": recipe.model_dump(mode="json")}
         replace_file(self.environment, json.dumps([*(sessions or []), session], indent=2) + "\n")
         self.interrupted.unlink(missing_ok=True)
 
@@ -104,6 +104,12 @@ class RunDirectory:
         sessions = _read_json(self.environment, list) or [{}]
         found = sessions[-1].get("inputs") if isinstance(sessions[-1], dict) else None
         return found if isinstance(found, dict) else {}
+
+    def recorded(self) -> Recipe:
+        """The recipe of the last session; recipe.yaml may have been edited since. Where none is known, that one."""
+        sessions = _read_json(self.environment, list) or [{}]
+        found = sessions[-1].get("recipe") if isinstance(sessions[-1], dict) else None
+        return parse(found, str(self.environment)) if isinstance(found, dict) else load(self.path)
 
     def mark_interrupted(self, step: int, signal: str) -> None:
         """Leaves word that `signal` stopped the run after `step`; the next session removes it."""

@@ -43,11 +43,12 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     Returns:
         run; steps (done) and of (asked for), None where a method takes none; s_per_step (median, None before the
         first); metric (its name), bounded (whether it is a share of 1), zero_shot, dev (the last one) and tuned (what
-        the method came to), each None until it is known; every recipe field in which the runs differ, by its key; and
-        error, in the place of all but `run`, where a run can't be read.
+        the method came to), each None until it is known; every recipe field in which the runs differ, by its key, and
+        a digest of their data, where that is not the same; and error, in the place of all but `run`, where a run can't
+        be read.
     """
     entries = [_entry(run) for run in runs]
-    fields = {option.key for option in recipes.options()} - set(_PLACES)
+    fields = {option.key for option in recipes.options()} - set(_PLACES) | {"data"}
     trees = [entry["recipe"] for entry in entries if "recipe" in entry]
     differ = [key for key in sorted(fields) if len({repr(tree[key]) for tree in trees}) > 1]
     for entry in entries:
@@ -110,6 +111,7 @@ def _entry(run: Path) -> dict[str, Any]:
         for section, fields in recipe.model_dump().items()
         for name, value in (fields or {}).items()
     }
+    tree["data"] = files.read_inputs().get("data")
     results, steps = files.read_evaluation(), recipes.takes_steps(method)
     metric = main_metric(results.get("zero_shot", {}))
     seconds = sorted(line["seconds"] for line in lines if steps and "seconds" in line)

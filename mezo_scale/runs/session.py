@@ -6,7 +6,7 @@ from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import collecting_only_new_garbage, keep_memory_steady
 from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import RecipeError
-from mezo_scale.recipe import Recipe, differences, load, takes_steps
+from mezo_scale.recipe import Recipe, differences, takes_steps
 from mezo_scale.runs import on_dev, trackers
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
@@ -87,7 +87,7 @@ def _steps_done(recipe: Recipe, run: RunDirectory) -> int:
         run.check_unclaimed()
         return 0
     if run.recipe.is_file():
-        changed = differences(load(run.path), recipe)
+        changed = differences(run.recorded(), recipe)
         if changed:
             raise RecipeError(
                 f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir, or the same values"

@@ -116,6 +116,10 @@ class Trainer:
     def _grade(self, results: dict[str, Any], last: int) -> None:
         """What the run came to after its last step, or after the one that the recipe keeps, added to the results."""
         best = self.dev.best
+        if best is None and self.recipe.output.checkpoint == "best":
+            self.screen.say(
+                "output.checkpoint is best, but no step has a value on dev: the last one is graded and kept"
+            )
         step = best[0] if best is not None and self.recipe.output.checkpoint == "best" else last
         if step != last:
             self._rebuild(step)

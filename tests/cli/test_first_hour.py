@@ -113,6 +113,16 @@ def test_runs_are_compared_by_the_fields_in_which_they_differ(run: Run, two_runs
     assert slow["zero_shot"] == results["zero_shot"]["accuracy"]
 
 
+def test_runs_on_different_data_are_told_apart(run: Run, two_runs: Path) -> None:
+    assert " data " not in run("runs", two_runs)[1].splitlines()[0]
+    path = two_runs / "slow" / "environment.json"
+    (session,) = json.loads(path.read_text())
+    path.write_text(json.dumps([session | {"inputs": {"data": "0" * 16}}]))
+    assert "data" in run("runs", two_runs)[1].splitlines()[0]
+    fast, slow = json.loads(run("runs", two_runs, "--json")[1])
+    assert slow["data"] == "0" * 16 != fast["data"]
+
+
 def test_a_result_is_not_listed_beside_steps_that_came_after_it(run: Run, two_runs: Path) -> None:
     (two_runs / "slow" / "report.md").unlink()
     results = json.loads((two_runs / "slow" / "evaluation.json").read_text())

@@ -128,6 +128,18 @@ def test_a_finished_baseline_is_not_taken_for_one_of_other_data_or_weights(
     assert (recipe.directory / "report.md").read_bytes() == report
 
 
+def test_a_run_does_not_go_on_with_a_recipe_that_was_edited_in_its_directory(make: MakeRecipe) -> None:
+    train(make("train.steps=1"))
+    path = make().directory / "recipe.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("batch_size: 6", "batch_size: 12"))
+    with pytest.raises(RecipeError, match=r"holds a run with train.batch_size: 6, now 12: give another output.dir"):
+        train(load(make().directory, ["train.steps=2"]))
+    path.write_text(before.replace("steps: 1\n", "steps: 2\n"))
+    train(load(make().directory))
+    assert len(RunDirectory(make().directory).read_log()) == 2
+
+
 def test_an_evaluation_says_that_it_is_on_other_data_than_the_run_s(
     folder: Path, make: MakeRecipe, run: Callable[..., tuple[int, str, str]]
 ) -> None:

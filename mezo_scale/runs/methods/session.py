@@ -11,7 +11,7 @@ from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
 from mezo_scale.models import save
 from mezo_scale.models.tuning import sizes
-from mezo_scale.recipe import Recipe, differences, load, takes_steps
+from mezo_scale.recipe import Recipe, differences, takes_steps
 from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
@@ -142,7 +142,7 @@ def _check_directory(recipe: Recipe, run: RunDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise RecipeError(f"output.dir: {run.path} is a file, expected a folder or nothing")
     if run.recipe.is_file() and (run.evaluation.exists() or run.metrics.exists() or run.trajectory.exists()):
-        if changed := differences(load(run.path), recipe):
+        if changed := differences(run.recorded(), recipe):
             raise RecipeError(
                 f"{run.path} holds a run with {'; '.join(changed)}: give another output.dir, or the same values"
             )
