@@ -27,9 +27,9 @@ Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> losses of the batch's rows, [rows]. One that jumps, as the score of a text does, may have a
 ``smooth``, another of the same batch: by it the start-up check tells two ways of computing a forward apart."""
 
-PROBES = (10.0, 100.0, 1000.0, 10000.0)
-"""The start-up check perturbs this many eps, the first of them by which branches differ by far more than two ways of
-computing one branch do."""
+PROBES = (10.0, 100.0, 1000.0)
+"""The start-up check perturbs this many eps, the first of them by which branches differ by more than two ways of
+computing one branch may."""
 
 _UNKNOWN = [math.nan] * signal.PARTS
 _ALIKE, _NOT_FINITE, _FAILED = 1, 2, 3  # what a rank says of a probe: branches are too much alike, or overflow, or it
@@ -252,7 +252,8 @@ class Evaluator:
             except Exception:
                 collectives.max_integer(_FAILED)
                 raise
-            state = _likeness(found, tolerance) if size == PROBES[0] or found.isfinite().all() else _NOT_FINITE
+            overflows = size > PROBES[0] and not found.isfinite().all()
+            state = _NOT_FINITE if overflows else 0 if _apartness(found) > tolerance else _ALIKE
             state = collectives.max_integer(state)
             if state == _FAILED:
                 raise RankError("another rank failed while it evaluated the first losses, and says why itself")
@@ -265,7 +266,7 @@ class Evaluator:
             if compared is not objective:
                 self._together(piece, objective, probe)  # it may take paths that the other does not
             same = torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True)
-            if not same or (not _likeness(apart, tolerance) and _strays(together, apart)):
+            if not same or (_apartness(apart) > tolerance / 3 and _strays(together, apart)):
                 reason = f"its losses differ by up to {float((together - apart).abs().max()):.3g}"
         except Exception as error:
             reason = in_words(error)
@@ -305,17 +306,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _likeness(losses: Tensor, tolerance: float) -> int:
-    """`_ALIKE`, or 0 if losses differ between the first and the last branch by far more than `tolerance`, or there is
-    but one branch. losses: [branches, rows]."""
-    moved = (losses[0] - losses[-1]).abs().max()
-    return 0 if len(losses) < 2 or moved > 20 * tolerance * (1 + losses.abs().max()) else _ALIKE
+def _apartness(losses: Tensor) -> float:
+    """How far the first branch is from the last, beside what tolerances are relative to. losses: [branches, rows]."""
+    return float((losses[0] - losses[-1]).abs().max() / (1 + losses.abs().max()))
 
 
 def _strays(together: Tensor, apart: Tensor) -> bool:
-    """Whether the first branch is above the last one by other amounts: by a quarter of the largest, or more."""
+    """Whether the first branch is above the last one by other amounts: by half of the largest, or more."""
     amounts = apart[0] - apart[-1]
-    return bool((together[0] - together[-1] - amounts).abs().max() > amounts.abs().max() / 4)
+    return bool((together[0] - together[-1] - amounts).abs().max() > amounts.abs().max() / 2)
 
 
 def _widest(view: View) -> torch.dtype:

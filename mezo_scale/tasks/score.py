@@ -11,10 +11,10 @@ from mezo_scale.tasks.estimate import Estimate, Z
 from mezo_scale.tasks.perplexity import Perplexity
 
 
-def most_frequent(labels: Sequence[int]) -> int | None:
-    """The label that comes most often; None if several do, as in rows drawn per class: which it is would be chance."""
-    first, *others = Counter(labels).most_common(2)
-    return None if others and others[0][1] == first[1] else first[0]
+def most_frequent(labels: Sequence[int]) -> list[int]:
+    """The label that comes most often; all that do, where several come equally often, as in rows drawn per class."""
+    counts = Counter(labels)
+    return [label for label, count in counts.items() if count == max(counts.values())]
 
 
 @dataclass(frozen=True)
@@ -231,3 +231,8 @@ def wilson(total: float, count: int, z: float = Z) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return (centre - spread) / scale, (centre + spread) / scale
+
+
+def best_of(scores: Sequence[Score]) -> Score:
+    """The score with the most of the main metric, of which more is better."""
+    return max(scores, key=lambda score: score.metrics[score.main].value or 0.0)

@@ -7,7 +7,7 @@ import pytest
 
 from mezo_scale import collectives
 from mezo_scale.tasks import Metric, Score
-from mezo_scale.tasks.score import ByClass, most_frequent, wilson
+from mezo_scale.tasks.score import ByClass, best_of, most_frequent, wilson
 from tests.support.pool import Ranks
 
 
@@ -102,7 +102,8 @@ def test_every_rank_gets_the_score_of_all_rows(ranks: Ranks) -> None:
     assert ranks(3, score_over_ranks) == [whole] * 3
 
 
-def test_the_most_frequent_label_is_none_where_several_are() -> None:
-    assert most_frequent([2, 0, 2]) == 2
-    assert most_frequent([1]) == 1
-    assert most_frequent([0, 1, 1, 0, 2]) is None
+def test_where_several_labels_are_the_most_frequent_the_best_of_them_counts() -> None:
+    assert most_frequent([2, 0, 2]) == [2]
+    assert most_frequent([0, 1, 1, 0, 2]) == [0, 1]
+    worse, better = (Score({"accuracy": Metric.of(values)}, "accuracy") for values in ([0, 1], [1, 1]))
+    assert best_of([worse, better]) is better

@@ -18,7 +18,7 @@ from mezo_scale.tasks.kinds.encoded import Encoded, encode
 from mezo_scale.tasks.kinds.kind import Kind, Objective, Rewarded
 from mezo_scale.tasks.logits import answer_log_probs, last_logits, mask_logits
 from mezo_scale.tasks.reward import Reward
-from mezo_scale.tasks.score import ByClass, Metric, Score, most_frequent
+from mezo_scale.tasks.score import ByClass, Metric, Score, best_of, most_frequent
 
 _NEUTRAL = "neutral_"  # before the names of what a batch has for the neutral prompts
 
@@ -240,12 +240,10 @@ class Candidates(Kind[Encoded, Choice]):
         return candidate_scores(model, batch)
 
     def baselines(self, train: Sequence[Encoded], test: Sequence[Encoded]) -> dict[str, Score]:
-        """What always answering with the train split's most frequent label gives."""
-        label = most_frequent([row.label for row in train])
-        if label is None:
-            return {}
-        chosen = [label if label < len(row.candidates) else None for row in test]
-        return {"majority": self._graded(chosen, test)}
+        """What always answering with the train split's most frequent label gives: the best of several."""
+        labels = most_frequent([row.label for row in train])
+        each = [[label if label < len(row.candidates) else None for row in test] for label in labels]
+        return {"majority": best_of([self._graded(chosen, test) for chosen in each])}
 
     def _neutral(self, example: Example, row: Encoded) -> tuple[int, ...]:
         """The neutral prompt's tokens. Raises RecipeError if there is none, or candidates are other tokens after it."""
