@@ -137,6 +137,8 @@ def test_a_trajectory_of_another_model_is_refused(
     saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     saved["model"]["name"] = str(other)
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    assert "holds a run with model.name" in refused(run, tmp_path, "train", run_dir, "steps=6")
+    (run_dir / "environment.json").unlink()  # where nothing says what the recipe was, the log still does
     for arguments in (
         ("train", run_dir, "steps=6"),
         ("verify", run_dir),
