@@ -287,57 +287,6 @@ def test_a_directory_with_another_run_stops_all_before_anything_begins(tmp_path:
         comparing.run(other, start=start)
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        (["output.checkpoint=best"], "output.checkpoint=best: False, now True"),
-        (["train.patience=1", "train.eval_every=1"], "train.patience: None, now 1; train.eval_every: 2, now 1"),
-    ],
-)
-def test_a_result_of_another_step_than_is_asked_for_is_not_put_beside_those_that_are(
-    tmp_path: Path, tree: dict[str, Any], override: list[str], said: str
-) -> None:
-    tree["compare"] = {"methods": {"mezo": METHODS["mezo"]}}
-    comparing.run(comparison.load(write(tmp_path, tree), ["compare.seeds=[0]"]), start=start)
-    other = comparison.load(write(tmp_path, tree), [*override, "compare.seeds=[0,1]"])
-    with pytest.raises(RecipeError, match=re.escape(f"mezo-seed0 holds a run with {said}: give another output.dir")):
-        comparing.run(other, start=start)
-
-
-def test_data_that_is_edited_while_runs_go_on_stops_the_comparison(
-    tmp_path: Path, tree: dict[str, Any], reviews_file: Path
-) -> None:
-    own = tmp_path / "reviews.csv"
-    own.write_bytes(reviews_file.read_bytes())
-    tree["compare"] = {"methods": {"zero-shot": METHODS["zero-shot"], "probe": METHODS["probe"]}}
-    del tree["train"]
-    begun: list[str] = []
-
-    def edits(cell: Cell, log: Path, processes: int | None) -> str | None:
-        begun.append(cell.name)
-        found = start(cell, log, processes)
-        lines = own.read_text().splitlines()
-        own.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
-        return found
-
-    asked = comparison.load(write(tmp_path, tree), [f"task.data={own}"])
-    with pytest.raises(RecipeError, match="zero-shot has a result on other data than there are now"):
-        comparing.run(asked, start=edits)
-    assert begun == ["zero-shot"]
-
-
-def test_a_run_that_ended_without_a_value_is_a_row_with_its_reason(tmp_path: Path, tree: dict[str, Any]) -> None:
-    tree["compare"] = {"methods": {"zero-shot": METHODS["zero-shot"]}}
-    del tree["train"]
-    asked = comparison.load(write(tmp_path, tree))
-    comparing.run(asked, start=start)
-    path = RunDirectory(tmp_path / "out" / "zero-shot").evaluation
-    results = json.loads(path.read_bytes())
-    path.write_text(json.dumps(results | {"zero_shot": results["zero_shot"] | {"accuracy": None}}))
-    table = comparison_report.write(asked, {})
-    assert "| zero-shot | | no result: it ended, but with no accuracy: on some rows that is not finite |" in table
-
-
 def test_two_comparisons_in_one_folder_do_not_spoil_each_other(tmp_path: Path, tree: dict[str, Any]) -> None:
     """The second does a run that the first, too, has before it."""
     tree["compare"] = {"methods": {"zero-shot": METHODS["zero-shot"], "adamw": {"method": {"name": "adamw"}}}}

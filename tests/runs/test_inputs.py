@@ -1,6 +1,7 @@
 """Results on other data or weights under one name are told apart: no table has both, and none is taken for new."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,7 @@ def make(folder: Path, make_recipe: MakeRecipe) -> MakeRecipe:
     return lambda *overrides: make_recipe(*own, *overrides)
 
 
-def compared(folder: Path, **methods: Any) -> Comparison:
+def compared(folder: Path, *overrides: str, **methods: Any) -> Comparison:
     tree = {
         "model": {"name": str(folder / "model")},
         "task": {"data": str(folder / "reviews.csv"), "train": 48, "dev": 16, "test": 32, "max_length": 40},
@@ -69,7 +70,7 @@ def compared(folder: Path, **methods: Any) -> Comparison:
         "compare": {"methods": methods, "seeds": [0]},
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    return comparison.load(folder / "compare.yaml")
+    return comparison.load(folder / "compare.yaml", overrides)
 
 
 def start(cell: Cell, log: Path, processes: int | None) -> None:
@@ -77,6 +78,7 @@ def start(cell: Cell, log: Path, processes: int | None) -> None:
 
 
 ZERO, PROBE = {"method": {"name": "zero_shot"}}, {"method": {"name": "linear_probe"}}
+MEZO = {"optimizer": {"lr": 1e-3, "eps": 1e-2}, "train": {"steps": 2, "batch_size": 6, "eval_every": 2}}
 
 
 @pytest.mark.parametrize(("change", "name"), CHANGES.items())
@@ -112,6 +114,45 @@ def test_results_that_were_put_together_from_different_data_make_no_table(folder
     path.write_text(json.dumps([{key: session[key] for key in session if key != "inputs"}]))  # of before there were any
     comparing.run(both, start=start)
     assert "| probe |" in comparison_report.write(both, {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["output.checkpoint=best"], "output.checkpoint=best: False, now True"),
+        (["train.patience=1", "train.eval_every=1"], "train.patience: None, now 1; train.eval_every: 2, now 1"),
+    ],
+)
+def test_a_result_of_another_step_than_is_asked_for_is_not_put_beside_those_that_are(
+    folder: Path, overrides: list[str], said: str
+) -> None:
+    comparing.run(compared(folder, mezo=MEZO), start=start)
+    other = compared(folder, *overrides, "compare.seeds=[0,1]", mezo=MEZO)
+    with pytest.raises(RecipeError, match=re.escape(f"mezo-seed0 holds a run with {said}: give another output.dir")):
+        comparing.run(other, start=start)
+
+
+def test_data_that_is_edited_while_runs_go_on_stops_the_comparison(folder: Path) -> None:
+    begun: list[str] = []
+
+    def edits(cell: Cell, log: Path, processes: int | None) -> None:
+        begun.append(cell.name)
+        start(cell, log, processes)
+        relabelled(folder)
+
+    with pytest.raises(RecipeError, match="zero has a result on other data than there are now"):
+        comparing.run(compared(folder, zero=ZERO, probe=PROBE), start=edits)
+    assert begun == ["zero"]
+
+
+def test_a_run_that_ended_without_a_value_is_a_row_with_its_reason(folder: Path) -> None:
+    asked = compared(folder, zero=ZERO)
+    comparing.run(asked, start=start)
+    path = RunDirectory(folder / "out" / "zero").evaluation
+    results = json.loads(path.read_bytes())
+    path.write_text(json.dumps(results | {"zero_shot": results["zero_shot"] | {"accuracy": None}}))
+    table = comparison_report.write(asked, {})
+    assert "| zero | | no result: it ended, but with no accuracy: on some rows that is not finite |" in table
 
 
 @pytest.mark.parametrize(("change", "name"), list(CHANGES.items())[:2])
