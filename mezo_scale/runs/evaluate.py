@@ -96,6 +96,8 @@ def evaluate_recipe(recipe: Recipe, split: str, until: int | None) -> tuple[Scor
         splits.check_same(world)
         check_same_reward(kind, world)
         screen = Screen(world)
+        for remark in splits.remarks(kind, recipe, split):
+            screen.say(remark)
         if world.rank == 0 and recipe.method.name == "mezo":
             _say_what_differs(recipe, run, kind, splits, screen)
         loaded, start = snapshots.load(recipe, world, run, screen, until)

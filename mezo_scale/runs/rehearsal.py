@@ -86,11 +86,8 @@ def _show_data(recipe: Recipe, kind: Kind[Any, Any], splits: EncodedSplits, scre
         if kind.reads_images:
             screen.say(f"{name}: {len(lengths):,} images")
             continue
-        full = sum(length >= recipe.task.max_length for length in lengths)
-        cut = f"; {full:,} fill task.max_length={recipe.task.max_length} and may be cut" if full else ""
         screen.say(
-            f"{name}: {len(lengths):,} examples of {lengths[len(lengths) // 2]} tokens (median), "
-            f"{lengths[-1]} at most{cut}"
+            f"{name}: {len(lengths):,} examples of {lengths[len(lengths) // 2]} tokens (median), {lengths[-1]} at most"
         )
     for number, example in enumerate(tasks.load(recipe.task).train[:_SHOWN], 1):
         screen.say(f"--- training example {number} ---")

@@ -8,6 +8,7 @@ from mezo_scale.distributed.world import process_group
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe, differences, takes_steps
 from mezo_scale.runs import on_dev, trackers
+from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.learning import estimator_of, noise_of, order_of, rate_of
 from mezo_scale.runs.methods import session as methods
@@ -62,6 +63,8 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
         splits.check_same(world)
         check_same_reward(kind, world)
         world.check_shared(run.path)
+        for remark in splits.remarks(kind, recipe, "train", "dev", "test"):
+            Screen(world).say(remark)
         if method != "mezo":
             with collecting_only_new_garbage():
                 methods.carry_out(recipe, world, run, kind, splits, fit)

@@ -47,6 +47,19 @@ class EncodedSplits:
         """The first 64 bits of a SHA-256 of every token and label in order, signed."""
         return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:8], "little", signed=True)
 
+    def remarks(self, kind: Kind[Any, Any], recipe: Recipe, *names: str) -> list[str]:
+        """Lines on what of these splits has no room: a result on them is one on less than the data."""
+        where = "end" if heads.is_masked(checkpoints.find(recipe.model.name)) else "beginning"
+        lines = []
+        for said, is_so in (
+            (f"task.max_length={recipe.task.max_length} cuts off the {where} of", kind.is_cut),
+            ("task.max_new_tokens is too small for a right answer to", kind.is_overlong),
+        ):
+            counts = {name: sum(map(is_so, getattr(self, name))) for name in names}
+            told = [f"{n:,} of {len(getattr(self, name)):,} {name} prompts" for name, n in counts.items() if n]
+            lines += [f"{said} {', '.join(told)}"] if told else []
+        return lines
+
     def check_same(self, world: World) -> None:
         """Every rank calls it: they share the steps out by number, so that number must be the same example on all.
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from mezo_scale import tasks
 from mezo_scale.distributed.preflight import RankInfo
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError, SharedError
@@ -18,7 +19,7 @@ from mezo_scale.runs.evaluate import evaluate_recipe
 from mezo_scale.runs.session import train
 from mezo_scale.runs.splits import EncodedSplits, _table_length, prepare
 from mezo_scale.tasks.kinds.candidates import Encoded
-from tests.support import material
+from tests.support import material, questions
 from tests.support.fixtures import ROOT
 from tests.support.launch import BIN, Launch
 from tests.support.pool import Ranks
@@ -110,3 +111,41 @@ def test_sequences_longer_than_the_positions_are_refused_before_anything_is_writ
 def test_a_model_that_computes_its_positions_takes_longer_sequences(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe("max_length=100000")
     assert len(EncodedSplits.read(*prepare(recipe)).test) == 32
+
+
+@pytest.mark.parametrize("call", [train, lambda recipe: evaluate_recipe(recipe, "test", None)])
+def test_a_run_says_how_many_prompts_lost_their_beginning(
+    make_recipe: Callable[..., Recipe], call: Callable[[Recipe], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe("max_length=18", "steps=1")
+    _, kind = prepare(recipe)
+    _, wide = prepare(make_recipe("max_length=100000"))
+    test = tasks.load(recipe.task).test
+    cut = sum(kind.length(kind.encode(one)) < wide.length(wide.encode(one)) for one in test)
+    assert 0 < cut < len(test)
+    call(recipe)
+    said = [line for line in capsys.readouterr().out.splitlines() if "task.max_length=18" in line]
+    assert len(said) == 1
+    assert f"{cut} of 32 test prompts" in said[0]
+
+
+def test_answers_that_no_written_text_can_hold_are_counted(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    folder = questions.write(tmp_path / "squad")
+    for max_new_tokens, words in ((1, ["is too small for a right answer to 10 of 10 test prompts"]), (30, [])):
+        recipe, kind = prepare(
+            make_recipe("task.name=squad", f"task.data={folder}", "max_length=500", f"max_new_tokens={max_new_tokens}")
+        )
+        said = EncodedSplits.read(recipe, kind).remarks(kind, recipe, "test")
+        assert [line.removeprefix("task.max_new_tokens ") for line in said] == words
+
+
+def test_prompts_cut_to_make_room_for_what_is_written_count_and_whole_ones_are_not_spoken_of(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    folder = questions.write(tmp_path / "squad")
+    fixed = ("task.name=squad", f"task.data={folder}", "max_new_tokens=30")
+    for max_length in (50, 500):
+        recipe, kind = prepare(make_recipe(*fixed, f"max_length={max_length}"))
+        rows = EncodedSplits.read(recipe, kind).test
+        assert max(map(kind.length, rows)) < max_length
+        assert [kind.is_cut(row) for row in rows] == [max_length == 50] * len(rows)

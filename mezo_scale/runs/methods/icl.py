@@ -11,7 +11,6 @@ from typing import Any
 from mezo_scale import tasks
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import RecipeError
-from mezo_scale.models import checkpoints
 from mezo_scale.recipe import Recipe
 from mezo_scale.recipe.method import DEMONSTRATIONS
 from mezo_scale.runs.memory import EVALUATION
@@ -24,7 +23,6 @@ from mezo_scale.tasks.score import ByClass, interval_key, wilson
 
 SEPARATOR = "\n\n"  # between demonstrations, as the paper has it for all of its tasks
 _DRAWS = 2**61  # where the streams of permutations begin that demonstrations are drawn by
-_ENDLESS = 2**30  # a max_length that nothing reaches
 
 
 def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSplits) -> Fit:
@@ -44,14 +42,10 @@ def plan(recipe: Recipe, world: World, kind: Kind[Any, Any], splits: EncodedSpli
     if asked is not None and asked > there:
         raise RecipeError(f"method.demonstrations is {asked}, but the train split has {there}: ask for at most {there}")
     count = min(asked or DEMONSTRATIONS, there)
-    # Where nothing is cut off, the two give the same row.
-    wide = tasks.kind_of(
-        recipe.task.model_copy(update={"max_length": _ENDLESS}), checkpoints.load_processor(recipe.model.name)
-    )
     drawn = []
     for draw in range(recipe.method.draws):
         chosen = permutation(recipe.optimizer.seed, _DRAWS + draw, there)[:count]
-        drawn.append([_posed(kind, wide, example, [found.train[n] for n in chosen]) for example in found.test])
+        drawn.append([_posed(kind, example, [found.train[n] for n in chosen]) for example in found.test])
     kept = [number for rows in drawn for _, number in rows]
     if not any(kept):
         raise RecipeError(
@@ -74,14 +68,13 @@ def _answer(example: Example | Question) -> str:
     return example.answers[0] if isinstance(example, Question) else example.candidates[example.label]
 
 
-def _posed(kind: Any, wide: Any, example: Any, demonstrations: Sequence[Any]) -> tuple[Any, int]:
+def _posed(kind: Any, example: Any, demonstrations: Sequence[Any]) -> tuple[Any, int]:
     """The example's row after as many of the demonstrations as fit, the last ones, and how many those are."""
 
     def row(count: int) -> Any:
         """The row with so many of them; None if it does not fit."""
-        text = demonstrated(example, demonstrations[len(demonstrations) - count :])
-        cut = kind.encode(text)
-        return cut if repr(cut) == repr(wide.encode(text)) else None
+        posed = kind.encode(demonstrated(example, demonstrations[len(demonstrations) - count :]))
+        return None if kind.is_cut(posed) else posed
 
     fits, least, most = row(len(demonstrations)), 0, len(demonstrations)
     if fits is not None:

@@ -171,7 +171,13 @@ class Candidates(Kind[Encoded, Choice]):
 
     def encode(self, example: Example) -> Encoded:
         row = encode(example, self._tokenizer, self._max_length)
-        return replace(row, neutral=self._neutral(example, row)) if self._calibrate else row
+        if not self._calibrate:
+            return row
+        neutral = self._neutral(example, row)
+        return replace(row, neutral=neutral.prompt, cut=row.cut or neutral.cut)
+
+    def is_cut(self, row: Encoded) -> bool:
+        return row.cut
 
     def length(self, row: Encoded) -> int:
         return row.length
@@ -245,8 +251,8 @@ class Candidates(Kind[Encoded, Choice]):
         each = [[label if label < len(row.candidates) else None for row in test] for label in labels]
         return {"majority": best_of([self._graded(chosen, test) for chosen in each])}
 
-    def _neutral(self, example: Example, row: Encoded) -> tuple[int, ...]:
-        """The neutral prompt's tokens. Raises RecipeError if there is none, or candidates are other tokens after it."""
+    def _neutral(self, example: Example, row: Encoded) -> Encoded:
+        """The neutral prompt in tokens. Raises RecipeError if there is none, or candidates are others after it."""
         if example.neutral is None:
             raise RecipeError(
                 "task.calibrate is true, but the task's examples have no neutral prompt, expected Example.neutral of "
@@ -261,7 +267,7 @@ class Candidates(Kind[Encoded, Choice]):
                 f"{what} is joined with {example.candidates[0]!r:.40} in another way than {example.prompt[-60:]!r} is: "
                 "end task.neutral_prompt as prompts end"
             )
-        return found.prompt
+        return found
 
     def _texts(self, model: nn.Module, batch: Batch) -> list[str | None]:
         """The text of each row's best candidate; None where a score is not finite."""

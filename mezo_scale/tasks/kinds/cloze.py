@@ -63,6 +63,7 @@ class ClozeChoice(Candidates):
             RecipeError: there is no room, a word is not one token of its own, or the text holds the mask token.
         """
         before, after = self._around(example)
+        cut = (before, after) != example.around()
         words = _in_place(before, example.candidates)
         wholes = [tuple(self._tokenizer(before + word + after)["input_ids"]) for word in words]
         if any(self._mask_id in whole for whole in wholes):
@@ -91,7 +92,7 @@ class ClozeChoice(Candidates):
         candidates = tuple((tokens[at],) for tokens in opened)
         if len(set(candidates)) < len(candidates):
             raise RecipeError(f"task.candidates {words}: two of them are the same token to this model: change one")
-        return EncodedCloze(wholes[0][:at], candidates, example.label, example.also, example, after=behind)
+        return EncodedCloze(wholes[0][:at], candidates, example.label, example.also, example, cut=cut, after=behind)
 
     def posed(self, example: Cloze) -> str:
         """The prompt as the model gets it, but for what is cut off."""

@@ -12,7 +12,8 @@ from mezo_scale.tasks.reward import Asked
 @dataclass(frozen=True, repr=False)
 class Encoded:
     """An example in tokens: prompt + candidates[label] is the sequence a model would have to write; candidates[n] for
-    an n in `also` would be as good. `example` is the same in words, `neutral` the prompt that is compared with."""
+    an n in `also` would be as good. `example` is the same in words, `neutral` the prompt that is compared with; `cut`:
+    whether one of the two lost tokens."""
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
@@ -20,6 +21,7 @@ class Encoded:
     also: tuple[int, ...] = ()
     example: Example | None = field(default=None, compare=False)
     neutral: tuple[int, ...] | None = None
+    cut: bool = field(default=False, compare=False)
 
     def __repr__(self) -> str:
         # Digests are taken of it: a row with one right candidate keeps the one that it always had.
@@ -94,4 +96,5 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded:
             f"1 and task.max_length ({max_length}) - 2: change the one or the other"
         )
     prompt = shorten(alone[:shared], room, lead, tokenizer)
-    return Encoded(tuple(prompt), tuple(map(tuple, candidates)), example.label, example.also, example)
+    texts = tuple(prompt), tuple(map(tuple, candidates))
+    return Encoded(*texts, example.label, example.also, example, cut=len(prompt) < shared)

@@ -36,6 +36,8 @@ class EncodedQuestion:
         scored: tokens at the end of `whole` that are not the prompt's.
         answers: all texts that are right.
         text: the prompt, before anything of it was cut off. Digests are taken of the tokens.
+        cut: whether anything was.
+        overlong: whether every right answer has more tokens than are written.
     """
 
     prompt: tuple[int, ...]
@@ -43,6 +45,8 @@ class EncodedQuestion:
     scored: int
     answers: tuple[str, ...]
     text: str = field(default="", repr=False)
+    cut: bool = field(default=False, repr=False, compare=False)
+    overlong: bool = field(default=False, repr=False, compare=False)
 
     @property
     def asked(self) -> Asked:
@@ -109,8 +113,18 @@ class Generation(Kind[EncodedQuestion, str | None]):
                 f"task.max_length ({self._max_length}): ask for more, or leave the row out"
             )
         start = shorten(whole[:shared], room, lead, self._tokenizer)
-        prompt = shorten(prompt, self._max_length - self._max_new_tokens, lead, self._tokenizer)
-        return EncodedQuestion(tuple(prompt), (*start, *whole[shared:]), scored, example.answers, example.prompt)
+        asked = shorten(prompt, self._max_length - self._max_new_tokens, lead, self._tokenizer)
+        cut = len(start) < shared or len(asked) < len(prompt)
+        lengths = (len(self._open(example.prompt + right)[0]) - len(prompt) for right in example.answers)
+        overlong = all(length > self._max_new_tokens for length in lengths)
+        texts = tuple(asked), (*start, *whole[shared:])
+        return EncodedQuestion(*texts, scored, example.answers, example.prompt, cut, overlong)
+
+    def is_cut(self, row: EncodedQuestion) -> bool:
+        return row.cut
+
+    def is_overlong(self, row: EncodedQuestion) -> bool:
+        return row.overlong
 
     def length(self, row: EncodedQuestion) -> int:
         return len(row.prompt)

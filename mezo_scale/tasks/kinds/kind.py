@@ -92,6 +92,14 @@ class Kind(Protocol[Row, Prediction]):
         """Tokens of its longest sequence: rows of similar length go together."""
         ...
 
+    def is_cut(self, row: Row) -> bool:
+        """Whether the prompt lost something to `task.max_length`."""
+        return False
+
+    def is_overlong(self, row: Row) -> bool:
+        """Whether the model can write no right answer to its end."""
+        return False
+
     def cost(self, row: Row) -> int:
         """What `predict` takes for it, in tokens: rows of similar cost are evaluated together."""
         return self.length(row)
