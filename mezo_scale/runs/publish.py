@@ -11,7 +11,7 @@ from mezo_scale.errors import MezoError, RecipeError, one_line
 from mezo_scale.models import adapters, checkpoints, heads, save
 from mezo_scale.optim.replay import replay
 from mezo_scale.runs.beginning import begun
-from mezo_scale.runs.card import CARD, add_licence
+from mezo_scale.runs.card import CARD, LOG, add_licence
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import ADAPTER_INIT, RunDirectory
 from mezo_scale.trajectory import Trajectory
@@ -65,11 +65,10 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
         private: whether one that is made is seen by its owner only.
 
     Raises:
-        RecipeError: the run has no checkpoint, there is no token, or the hub refuses.
+        RecipeError: the run has no checkpoint of its last step, there is no token, or the hub refuses.
     """
     run = RunDirectory(directory)
-    if not run.checkpoint.is_dir():
-        raise RecipeError(f"{directory} has no checkpoint: expected the directory of a run that has ended")
+    _check_last(run)
     if get_token() is None:
         raise RecipeError("push: there is no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi()
@@ -96,11 +95,15 @@ def merge(source: Path, out: Path, base: str | None) -> str:
         base: the base model; None: the one that the adapter names.
 
     Raises:
-        RecipeError: `out` is there already, `source` holds no adapter, or there is no such base model.
+        RecipeError: `out` is there already, `source` holds no adapter (or one of before its run's last step), or there
+            is no such base model.
         ModelError: the adapter can't be added to weights, or is another model's.
     """
     _check_free(out)
-    folder = RunDirectory(source).checkpoint if RunDirectory(source).trajectory.is_file() else source
+    run, folder = RunDirectory(source), source
+    if run.recipe.is_file():
+        _check_last(run)
+        folder = run.checkpoint
     named = adapters.base_of(folder)
     base = base or named
     if not base:
@@ -113,6 +116,20 @@ def merge(source: Path, out: Path, base: str | None) -> str:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     save.write(merged.to(dtype), tokenizer, out)
     return base
+
+
+def _check_last(run: RunDirectory) -> None:
+    """Raises RecipeError if the run has no checkpoint, or has taken other steps since it was made."""
+    if not run.checkpoint.is_dir():
+        raise RecipeError(f"{run.path} has no checkpoint: expected the directory of a run that has ended")
+    log = run.checkpoint / LOG
+    if log.is_file() and run.trajectory.is_file():
+        then, now = len(Trajectory.open(log)), len(run.read_log())
+        if then != now:
+            raise RecipeError(
+                f"{run.path} has taken {now} steps, but its checkpoint was made after {then}: let the run end with "
+                "output.checkpoint=true, or rebuild its weights by `mezo-scale replay`"
+            )
 
 
 def _check_free(out: Path) -> None:

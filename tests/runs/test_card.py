@@ -92,6 +92,23 @@ def test_push_uploads_the_checkpoint(make_recipe: MakeRecipe, hub: Any, monkeypa
     assert hub.upload_folder.call_count == 2
 
 
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_checkpoint_of_before_the_last_steps_is_not_taken_for_theirs(
+    make_recipe: MakeRecipe, hub: Any, tmp_path: Path, tune: str
+) -> None:
+    train(make_recipe("steps=1", f"tune.what={tune}"))
+    recipe = make_recipe("steps=2", f"tune.what={tune}", "checkpoint=false")
+    train(recipe)
+    for publication in (
+        lambda: publish.push(recipe.directory, "somebody/tuned", private=True),
+        lambda: publish.merge(recipe.directory, tmp_path / "merged", None),
+    ):
+        with pytest.raises(RecipeError, match="has taken 2 steps, but its checkpoint was made after 1: let the run"):
+            publication()
+    hub.create_repo.assert_not_called()
+    assert not (tmp_path / "merged").exists()
+
+
 def test_what_can_not_be_pushed_is_one_line(
     make_recipe: MakeRecipe, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
