@@ -172,7 +172,7 @@ class Evaluator:
         """Losses of a closure, evaluated once per branch; a scalar counts as one row."""
         sums, count = [], 0.0
         for branch in branches:
-            with self.view.branches([branch]):
+            with self.view.opened([branch]):
                 losses = torch.as_tensor(closure()).detach().double().reshape(-1)
             if losses.numel() == 0:
                 raise ValueError("the closure returned an empty tensor: expected a scalar loss or per-row losses")
@@ -188,7 +188,7 @@ class Evaluator:
     def keep_company(self) -> None:
         """After a failure of this rank alone: gather with the others until they have their losses."""
         while self.view.gathers and self.company.left():
-            with self.company.counted(), self.view.branches(self._last):
+            with self.company.counted(), self.view.opened(self._last):
                 self.company.call()
 
     def _pieces(self, batch: Batch, branches: int, micro_batch: int | None) -> list[Piece]:
@@ -222,7 +222,7 @@ class Evaluator:
     def _together(self, piece: Piece, objective: Objective, branches: Sequence[Branch]) -> Tensor:
         """All the piece's branches in one forward, their rows one below the other."""
         self._last, tall = [branches[branch] for branch in piece.branches], piece.tall()
-        with self.view.branches(self._last):
+        with self.view.opened(self._last):
             losses = objective(self.model, tall)
         return _per_row(losses, len(self._last) * piece.rows).view(len(self._last), piece.rows)
 
@@ -232,7 +232,7 @@ class Evaluator:
         for part, where in piece.parts():
             for branch in where:
                 self._last = [branches[branch]]
-                with self.view.branches(self._last):
+                with self.view.opened(self._last):
                     parts.append(_per_row(objective(self.model, part), piece.rows))
         return torch.stack(parts)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from mezo_scale.errors import ShardingError, TrajectoryError
 from mezo_scale.noise import NORMAL, Noise, param_id
@@ -60,11 +61,12 @@ class Writer:
             self._add_remainders()
         self._left = self._versions()
 
+    def _counted(self) -> list[nn.Parameter]:
+        """The parameters of which torch counts how often they are written: those that are stored whole."""
+        return [] if self.layout.gathers else list(self.layout.parameters.values())
+
     def _versions(self) -> list[int]:
-        """How often torch has written to each parameter, which it counts where they are stored whole. (The sweeps write
-        past it.)"""
-        held = [] if self.layout.gathers else list(self.layout.parameters.values())
-        return [-1 if param.is_inference() else param._version for param in held]
+        return [-1 if param.is_inference() else param._version for param in self._counted()]
 
     def check_untouched(self) -> None:
         """Raise a TrajectoryError that names the first parameter that something else has written since `apply_`."""
@@ -169,6 +171,7 @@ class Writer:
             if written:
                 self._write_(shards, written)
         self.layout.refresh()
+        increment_version(self._counted())  # the sweeps write past torch, and another writer must see that they did
         self._left = self._versions()
 
     def _write_(self, shards: Sequence[Shard], records: Sequence[StepRecord]) -> None:
@@ -209,8 +212,9 @@ class Writer:
 
 def _other_values(name: str) -> TrajectoryError:
     return TrajectoryError(
-        f"{name} has other values than the last step has left (loaded, clipped, or averaged?), which the trajectory "
-        "does not have, so that a replay would give other weights: leave them, or begin a new trajectory"
+        f"{name} has other values than the last step has left (loaded, clipped, averaged, or another optimizer's?), "
+        "which the trajectory does not have, so that a replay would give other weights: leave them, or begin a new "
+        "trajectory"
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class View:
         self.gathers = self.layout.gathers
         self._in_instances = self.layout.in_attributes
         self._movers = schemes.movers()
-        self._learning = False
+        self._learning = self._watching = False
         self._settled = False  # whether an evaluation has shown who reads what
         self._bypassed: set[Site] = set()
         self._memory: dict[int | None, Site] = {}  # while learning, where the parameters lie
@@ -88,7 +88,6 @@ class View:
         self._entry: nn.Module | None = None
         self._opened = ExitStack()
         self._given: set[nn.Module] = set()
-        self._watching = False
 
     @property
     def is_pairing(self) -> bool:
@@ -100,9 +99,17 @@ class View:
         """Trainable parameters that nothing has read in any evaluation so far, in the model's order."""
         return [shard.name for shard in self.layout.shards if shard.name not in self.read] if self.read else []
 
+    def branches(self, branches: Sequence[Branch]) -> AbstractContextManager[None]:
+        """The view, open: see `perturbed`. Raises ViewError also where the model is no longer what was looked at."""
+        if not self._runner.branches and not self.layout.is_current():
+            raise ViewError(
+                "the model was wrapped, cast, loaded or frozen since this View of it was made: make another"
+            )
+        return self.opened(branches)
+
     @contextmanager
-    def branches(self, branches: Sequence[Branch]) -> Iterator[None]:
-        """The view, open: see `perturbed`."""
+    def opened(self, branches: Sequence[Branch]) -> Iterator[None]:
+        """As `branches`, of a model that was just compared with what was looked at."""
         if not branches:
             raise ValueError("branches is empty: expected at least one (seed, scale)")
         if self._runner.branches:

@@ -206,6 +206,16 @@ def test_values_that_the_trajectory_does_not_have_are_refused(tmp_path: pathlib.
     free.step(batch=batch, objective=objective)
 
 
+def test_what_another_optimizer_writes_is_not_in_the_trajectory(tmp_path: pathlib.Path) -> None:
+    model = models.build("llama")
+    logged, other = ms.MeZO(model, lr=1e-3, trajectory=tmp_path / "run.mezo"), ms.MeZO(model, lr=1e-3, seed=5)
+    step(logged)
+    step(other)
+    with pytest.raises(TrajectoryError, match="has other values than the last step has left"):
+        step(logged)
+    step(other)
+
+
 def test_masters_follow_the_same_shards_and_are_never_dropped_silently() -> None:
     straight, moved = (models.build("llama", dtype=torch.bfloat16) for _ in range(2))
     one, other = (ms.MeZO(model, lr=1e-4, eps=1e-2, rounding="master") for model in (straight, moved))

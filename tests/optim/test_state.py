@@ -232,7 +232,8 @@ def test_several_measurements_are_one_step_on_all_their_rows() -> None:
         opt.step()
         assert opt.step_count == 1
         grads.append(opt.last_record.projected_grads)
-    np.testing.assert_allclose(grads[1:], [grads[0]] * 2, rtol=1e-9)
+    # Not bit for bit: the model is in float32, and some CPUs multiply another number of rows in another order.
+    np.testing.assert_allclose(grads[1:], [grads[0]] * 2, rtol=1e-5)
 
 
 def test_measuring_keeps_its_directions_whatever_is_set_meanwhile() -> None:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -289,3 +290,23 @@ def test_a_normalisation_in_16_bits_feels_perturbations_below_its_spacing(dtype:
         assert result.dtype == dtype
         assert torch.equal(result, F.layer_norm(x.float(), (64,), weight, bias).to(dtype))
     assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.model.embed_tokens.requires_grad_(False),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+        lambda model: setattr(model, "lm_head", nn.Linear(32, 64)),
+    ],
+    ids=["frozen", "cast", "loaded", "replaced"],
+)
+def test_a_view_that_is_kept_is_of_the_model_that_it_was_made_of(change: Callable[[Any], object]) -> None:
+    model = models.build("llama")
+    view = ms.View(model)
+    with view.branches([(7, 1e-2)]):
+        pass
+    change(model)
+    with pytest.raises(ViewError, match="since this View of it was made"), view.branches([(7, 1e-2)]):
+        pass
