@@ -60,3 +60,19 @@ def test_what_does_not_move_at_all_still_runs_in_one_batch(recwarn: pytest.Warni
     opt.step(batch={"x": torch.randn(8, 4)}, objective=lambda model, batch: 0 * model(batch["x"])[:, 0])
     assert opt.paired is True
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(("share", "paired"), [(0.06, True), (0.4, False)])
+@pytest.mark.filterwarnings("ignore:the model can't evaluate several branches")
+def test_rounding_is_held_against_how_far_the_branches_are_apart(share: float, paired: bool) -> None:
+    """Losses of 16 bits that lie far apart between branches differ between two ways of computing them, too."""
+
+    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses = 10 * model(batch["x"]).float()[:, 0]
+        rounded = 1 + share * (-1) ** torch.arange(len(losses))
+        return losses * rounded if len(losses) > 8 else losses  # in one batch
+
+    torch.manual_seed(0)
+    opt = ms.MeZO(nn.Linear(4, 1, dtype=torch.bfloat16), lr=1e-6, eps=3e-2)
+    opt.step(batch={"x": torch.randn(8, 4).bfloat16()}, objective=objective)
+    assert opt.paired is paired
