@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import TaskSection
-from mezo_scale.tasks.example import Example, Picture
+from mezo_scale.tasks.example import Example, Picture, Question
 from mezo_scale.tasks.order import permutation
 from mezo_scale.tasks.rows import read_parts
 from mezo_scale.tasks.tables import Row
@@ -149,7 +149,7 @@ def read_examples(section: TaskSection, make: Callable[[Row], E | None]) -> Mapp
     """All examples in the order of the data: of a folder or the hub by the names in GIVEN, else under "all".
 
     Rows that ask the same count once, so that no split sees another's: of a folder the test part keeps them, then the
-    validation part.
+    validation part. All answers written to a question are right.
 
     Args:
         make: the example of a row, None for one that is left out; raises RecipeError for a row that is not what it
@@ -159,16 +159,20 @@ def read_examples(section: TaskSection, make: Callable[[Row], E | None]) -> Mapp
         RecipeError: the data is not there, a row is wrong, or two rows contradict each other.
     """
     parts: dict[str, list[E]] = {}
-    seen: dict[Hashable, tuple[E, Row]] = {}
+    seen: dict[Hashable, tuple[list[E], int, Row]] = {}  # where it lies, and its row
     for name, rows in read_parts(section).items():
         parts[name] = []
         for row in rows:
             example = make(row)
             if example is None:
                 continue
-            first, where = seen.setdefault(example.asked, (example, row))
+            part, at, where = seen.setdefault(example.asked, (parts[name], len(parts[name]), row))
             if where is row:
-                parts[name].append(example)
+                part.append(example)
+                continue
+            first = part[at]
+            if isinstance(first, Question) and isinstance(example, Question):
+                part[at] = replace(first, answers=tuple(dict.fromkeys((*first.answers, *example.answers))))
             elif problem := first.contradicts(example):
                 raise RecipeError(
                     f"task.data: {where.place} and {row.place} ask the same, but {problem}: keep one of them, or "

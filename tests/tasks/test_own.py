@@ -98,6 +98,16 @@ def test_an_answer_is_a_text_or_a_list_of_them_with_a_space_before_where_there_i
     assert found == Question(template.format(question="Who?"), answers)
 
 
+def test_the_answers_of_all_rows_that_ask_the_same_are_right(tmp_path: Path) -> None:
+    rows = [{"question": question, "answer": answer} for question, answer in (("Who?", "Orla"), ("Where?", "Brem"))]
+    more = [{"question": "Who?", "answer": ["the keeper", "Orla"]}, {"question": "Who?", "answer": "she"}]
+    path = write_json(tmp_path / "q.jsonl", *rows, *more)
+    assert posed(path, name="answer", template="{question}") == [
+        Question("Who?", (" Orla", " the keeper", " she")),
+        Question("Where?", (" Brem",)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("label", "changes", "said"),
     [
