@@ -27,9 +27,9 @@ Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> losses of the batch's rows, [rows]. One that jumps, as the score of a text does, may have a
 ``smooth``, another of the same batch: by it the start-up check tells two ways of computing a forward apart."""
 
-PROBES = (10.0, 100.0, 1000.0)
-"""The start-up check perturbs this many eps, the first of them by which branches differ by more than two ways of
-computing one branch may."""
+PROBES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+"""The start-up check perturbs this many eps, the first of them by which branches differ by three times what two ways of
+computing one branch may. Far beyond that a model is noise, and rounding as large as what it is told from."""
 
 _FINE, _ROUGH = 1e-3, 3e-2  # shares of 1 + a loss that two ways of computing it may differ by, in 32 and in 16 bits
 _UNKNOWN = [math.nan] * signal.PARTS
@@ -254,7 +254,7 @@ class Evaluator:
                 collectives.max_integer(_FAILED)
                 raise
             overflows = size > PROBES[0] and not found.isfinite().all()
-            state = _NOT_FINITE if overflows else 0 if _apartness(found) > tolerance else _ALIKE
+            state = _NOT_FINITE if overflows else 0 if _apartness(found) > 3 * tolerance else _ALIKE
             state = collectives.max_integer(state)
             if state == _FAILED:
                 raise RankError("another rank failed while it evaluated the first losses, and says why itself")
