@@ -28,9 +28,10 @@ Objective = Callable[[nn.Module, Any], Tensor]
 ``smooth``, another of the same batch: by it the start-up check tells two ways of computing a forward apart."""
 
 PROBES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""The start-up check perturbs this many eps, the first of them by which branches differ by three times what two ways of
-computing one branch may. Far beyond that a model is noise, and rounding as large as what it is told from."""
+"""The start-up check perturbs this many eps, the first of them by which branches are `_APART`. Far beyond that a model
+is noise, and rounding as large as what it is told from."""
 
+_APART = 0.1  # of 1 + the largest loss
 _FINE, _ROUGH = 1e-3, 3e-2  # shares of 1 + a loss that two ways of computing it may differ by, in 32 and in 16 bits
 _UNKNOWN = [math.nan] * signal.PARTS
 _ALIKE, _NOT_FINITE, _FAILED = 1, 2, 3  # what a rank says of a probe: branches are too much alike, or overflow, or it
@@ -254,7 +255,7 @@ class Evaluator:
                 collectives.max_integer(_FAILED)
                 raise
             overflows = size > PROBES[0] and not found.isfinite().all()
-            state = _NOT_FINITE if overflows else 0 if _apartness(found) > 3 * tolerance else _ALIKE
+            state = _NOT_FINITE if overflows else 0 if _apartness(found) > _APART else _ALIKE
             state = collectives.max_integer(state)
             if state == _FAILED:
                 raise RankError("another rank failed while it evaluated the first losses, and says why itself")

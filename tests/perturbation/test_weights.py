@@ -65,7 +65,7 @@ def test_a_weight_that_lies_elsewhere_or_otherwise_is_looked_at_again(change: Ca
     model, x = Changing(), torch.randn(3, WIDTH)
     view = View(model)
     for _ in range(3):
-        with view.branches(BRANCHES):
+        with view.opened(BRANCHES):
             found = model(torch.cat([x, x]))
         assert torch.allclose(found, expected(model, x), rtol=1e-5, atol=1e-5)
         change(model.one)

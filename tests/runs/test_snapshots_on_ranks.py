@@ -90,7 +90,9 @@ def flipped_session(recipe: str, at: int) -> str:
 
     def flipping(self: MeZO, *args: object, **kwargs: object) -> float:
         if self.step_count == at and dist.get_rank() == dist.get_world_size() - 1:
-            discover(self.model).shards[2].local.data.view(torch.int32)[7] ^= 1  # past torch's count of writes
+            discover(self.model).shards[2].local.data.view(torch.int32)[7] ^= (
+                1 << 16
+            )  # past torch's count of writes; high enough that no update rounds it away
         return step(self, *args, **kwargs)
 
     MeZO.step = flipping  # type: ignore[method-assign]
