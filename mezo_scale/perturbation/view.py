@@ -102,9 +102,7 @@ class View:
     def branches(self, branches: Sequence[Branch]) -> AbstractContextManager[None]:
         """The view, open: see `perturbed`. Raises ViewError also where the model is no longer what was looked at."""
         if not self._runner.branches and not self.layout.is_current():
-            raise ViewError(
-                "the model was wrapped, cast, loaded or frozen since this View of it was made: make another"
-            )
+            raise ViewError("the model was wrapped, cast, loaded or frozen since this View was made: make another")
         return self.opened(branches)
 
     @contextmanager

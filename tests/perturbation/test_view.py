@@ -308,5 +308,5 @@ def test_a_view_that_is_kept_is_of_the_model_that_it_was_made_of(change: Callabl
     with view.branches([(7, 1e-2)]):
         pass
     change(model)
-    with pytest.raises(ViewError, match="since this View of it was made"), view.branches([(7, 1e-2)]):
+    with pytest.raises(ViewError, match="since this View was made"), view.branches([(7, 1e-2)]):
         pass
