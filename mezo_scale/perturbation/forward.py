@@ -69,17 +69,25 @@ class Runner:
         results: list[Any] = []
         try:
             for group in _by_seed(self.branches, active):
-                with self.weights.scratch.frame():
-                    made = self._perturb(module, sites, group)
-                    for position, branch in enumerate(group):
-                        self.active = (branch,)
-                        branch_args, branch_kwargs = parts[active.index(branch)]
-                        given = {site: weight[position] for site, weight in made.items()}
-                        result = self._with(given, module, original, branch_args, branch_kwargs)
-                        results.append(self.weights.outlive(result))
+                results += self._run_group(
+                    module, sites, original, [(branch, parts[active.index(branch)]) for branch in group]
+                )
         finally:
             self.active = active
         return rows.merge(results, self.rows)
+
+    def _run_group(
+        self, module: nn.Module, sites: Sequence[Site], original: Forward, group: Sequence[tuple[int, Any]]
+    ) -> list[Any]:
+        """A module in neighbouring branches, one after the other. group: (branch, (its args, its kwargs))."""
+        results = []
+        with self.weights.scratch.frame():
+            made = self._perturb(module, sites, [branch for branch, _ in group])
+            for position, (branch, (args, kwargs)) in enumerate(group):
+                self.active = (branch,)
+                given = {site: weight[position] for site, weight in made.items()}
+                results.append(self.weights.outlive(self._with(given, module, original, args, kwargs)))
+        return results
 
     def _may_broadcast(self, module: nn.Module, sites: Sequence[Site], args: Any, kwargs: Any) -> bool:
         if not sites or self.held or not self._is_all_of(module, sites):
@@ -139,24 +147,30 @@ class Runner:
         blocks = x.reshape(len(active), -1, inner)
         own = {site.attr: site for site in sites}
         held = module._parameters
-        weight_here, bias_here = held["weight"], held["bias"]
+        weight = held["weight"]
         with torch._C.DisableTorchFunction():
-            dtype = self.weights.dtype_of(weight_here) if "weight" in own else weight_here.dtype
-            width = weight_here.shape[0]
+            dtype = self.weights.dtype_of(weight) if "weight" in own else weight.dtype
+            width = weight.shape[0]
         result = x.new_empty(len(active), blocks.shape[1], width, dtype=dtype)
         for group in _by_seed(self.branches, active):
-            with self.weights.scratch.frame():
-                branches = self.neighbours(group)
-                made = {attr: self.weights.perturb(site, branches) for attr, site in own.items()}
-                for position, branch in enumerate(group):
-                    weight = made["weight"][position] if "weight" in made else weight_here
-                    bias = made["bias"][position] if "bias" in made else bias_here
-                    target = result[active.index(branch)]
-                    if bias is None:
-                        torch.mm(blocks[active.index(branch)], weight.t(), out=target)
-                    else:
-                        torch.addmm(bias, blocks[active.index(branch)], weight.t(), out=target)
+            at = slice(active.index(group[0]), active.index(group[0]) + len(group))
+            self._multiply(held, own, group, blocks[at], result[at])
         return result.view(*x.shape[:-1], result.shape[-1])
+
+    def _multiply(
+        self, held: Mapping[str, Any], own: Mapping[str, Site], group: Sequence[int], blocks: Tensor, result: Tensor
+    ) -> None:
+        """The same in neighbouring branches. blocks: [branches, rows, n]; result: [branches, rows, m], written."""
+        with self.weights.scratch.frame():
+            branches = self.neighbours(group)
+            made = {attr: self.weights.perturb(site, branches) for attr, site in own.items()}
+            for position in range(len(group)):
+                weight = made["weight"][position] if "weight" in made else held["weight"]
+                bias = made["bias"][position] if "bias" in made else held["bias"]
+                if bias is None:
+                    torch.mm(blocks[position], weight.t(), out=result[position])
+                else:
+                    torch.addmm(bias, blocks[position], weight.t(), out=result[position])
 
     def _low_rank_linear(self, module: nn.Module, sites: Sequence[Site], x: Tensor) -> Tensor:
         branches = [self.branches[branch] for branch in self.active]

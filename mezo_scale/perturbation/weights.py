@@ -18,7 +18,7 @@ from mezo_scale.noise.api import Perturbed
 from mezo_scale.noise.parts import Branches
 from mezo_scale.perturbation import local
 from mezo_scale.perturbation.reading import written
-from mezo_scale.perturbation.scratch import Scratch
+from mezo_scale.perturbation.scratch import Scratch, Slot
 from mezo_scale.perturbation.substitute import is_half
 from mezo_scale.sharding import Shard, Site
 from mezo_scale.sharding.shard import is_normalisation
@@ -31,27 +31,23 @@ class Place:
     """Where a weight lies and where its branches are put: looked at once, and used for as long as it stays so.
 
     Attributes:
-        out: [branches, *weight.shape].
-        parts: of each branch, with a count of its own of what writes it.
+        slot: the memory of the branches.
         fill: fill(weight, branches).
     """
 
-    __slots__ = ("_is", "fill", "out", "parts")
+    __slots__ = ("_is", "fill", "slot")
 
-    def __init__(self, weight: Tensor, perturbed: Perturbed, out: Tensor) -> None:
-        self.out = out
-        self.parts = [part.data for part in out]
+    def __init__(self, weight: Tensor, perturbed: Perturbed, slot: Slot) -> None:
+        self.slot = slot
         self._is = _lies(weight)
         if self._is is not None:
-            self.fill = perturbed.filling(weight, out)
+            self.fill = perturbed.filling(weight, slot.whole)
         else:
-            self.fill = lambda weight, branches: perturbed.view(weight.detach().contiguous(), branches, out)
+            self.fill = lambda weight, branches: perturbed.view(weight.detach().contiguous(), branches, slot.whole)
 
-    def is_for(self, weight: Tensor, out: Tensor) -> bool:
-        """Whether all lies as it did, and nothing has written to what is handed out."""
-        if out is not self.out or self._is is None or self._is != _lies(weight):
-            return False
-        return not any(part._version for part in self.parts)
+    def is_for(self, weight: Tensor, slot: Slot) -> bool:
+        """Whether all lies as it did."""
+        return slot is self.slot and self._is is not None and self._is == _lies(weight)
 
 
 def _lies(weight: Tensor) -> tuple[object, ...] | None:
@@ -85,13 +81,13 @@ class Weights:
         """
         with torch._C.DisableTorchFunction():
             weight, place = self._made(site, branches, keep=keep, wide=wide)
-            parts = place.parts
+            parts = place.slot.parts
             return parts if not isinstance(weight, DTensor) else [local.like(part, weight) for part in parts]
 
     def together(self, site: Site, branches: Branches, *, wide: bool = False) -> Tensor:
         """As `perturb`, in one tensor [branches, ...], with a count of its own of what writes it. Of no DTensor."""
         with torch._C.DisableTorchFunction():
-            return self._made(site, branches, wide=wide)[1].out.data
+            return self._made(site, branches, wide=wide)[1].slot.whole.data
 
     def _made(self, site: Site, branches: Branches, *, keep: bool = False, wide: bool) -> tuple[Tensor, Place]:
         weight = stored(site)
@@ -100,21 +96,21 @@ class Weights:
         shape = (len(branches), *held.shape)
         if keep or torch.is_grad_enabled():
             with torch.inference_mode(False):  # there tensors do not count what is written to them
-                place = self._place(site, weight, torch.empty(shape, dtype=dtype, device=held.device))
+                place = self._place(site, weight, Slot(torch.empty(shape, dtype=dtype, device=held.device)))
         else:
-            out = self.scratch.take(shape, dtype, held.device)
+            slot = self.scratch.take(shape, dtype, held.device)
             known = self.scratch.notes.get((site, len(branches)))
-            place = known if known is not None and known.is_for(held, out) else self._place(site, weight, out)
-            if place is not known and self.scratch.holds(out):
+            place = known if known is not None and known.is_for(held, slot) else self._place(site, weight, slot)
+            if place is not known and self.scratch.holds(slot.whole):
                 self.scratch.notes[site, len(branches)] = place
         place.fill(held, branches)
         return weight, place
 
-    def _place(self, site: Site, weight: Tensor, out: Tensor) -> Place:
+    def _place(self, site: Site, weight: Tensor, slot: Slot) -> Place:
         held = local.local_of(weight).detach()
         runs, shape = local.runs_held(weight), tuple(weight.shape)
         perturbed = Perturbed.of(held.contiguous(), site.param_id, runs=runs, noise=self.noise, shape=shape)
-        return Place(held, perturbed, out)
+        return Place(held, perturbed, slot)
 
     def rows(self, site: Site, branch: Branch, ids: Tensor) -> Tensor:
         """Rows of a perturbed table: only those that are looked up are made."""

@@ -29,7 +29,7 @@ from mezo_scale.optim.losses import Evaluator
 from mezo_scale.optim.pieces import Piece
 from mezo_scale.optim.update import Writer
 from mezo_scale.perturbation import View
-from mezo_scale.perturbation.scratch import Scratch
+from mezo_scale.perturbation.scratch import Scratch, Slot
 from mezo_scale.planner.memory import Memory
 from mezo_scale.planner.workload import BYTES, Workload
 from mezo_scale.tasks.kinds.candidates import candidates_loss
@@ -186,7 +186,7 @@ class _Scratch(Scratch):
         super().__init__()
         self._storages = storages
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Slot:
         self._storages.kind = SCRATCH
         try:
             return super().take(shape, dtype, device)

@@ -96,20 +96,21 @@ def test_nothing_is_kept_but_what_lies_in_the_buffer() -> None:
         with view.branches(BRANCHES):
             model(x)
         (buffer,) = scratch._buffers.values()
-        kept = [place.out for place in scratch.notes.values()] + list(scratch._pieces.values())
+        kept = [place.slot.whole for place in scratch.notes.values()]
+        kept += [slot.whole for slots in scratch._slots.values() for slot in slots.values()]
         assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= {buffer.untyped_storage().data_ptr()}
     assert len(scratch.notes) == 2 * len(model)
     largest = sum(param.numel() for param in model[-1].parameters())
     assert 2 * largest <= buffer.numel() <= 2 * largest + 128
 
 
-def test_a_piece_is_the_same_tensor_in_every_step_until_the_buffer_grows() -> None:
+def test_a_slot_is_the_same_tensor_in_every_step_until_the_buffer_grows() -> None:
     scratch = Scratch()
     device = torch.device("cpu")
 
     def takes(size: int) -> Tensor:
         with scratch.frame():
-            return scratch.take((size,), torch.float32, device)
+            return scratch.take((2, size), torch.float32, device).whole
 
     first = takes(100)
     assert takes(100) is first
