@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,23 @@ def added(params: Any, layout: Layout) -> list[Any]:
     except ShardingError as error:
         raise ValueError(str(error)) from None
     return given
+
+
+def check_unedited(groups: Sequence[Group], layout: Layout, known: Mapping[str, int]) -> None:
+    """Raise ShardingError where a group's list was edited, which changes nothing of what is tuned.
+
+    Args:
+        layout: of the model.
+        known: the group of each of its names.
+    """
+    held = {param: number for number, group in enumerate(groups) for param in group["params"]}
+    moved = next((name for name, param in layout.parameters.items() if held.get(param) != known[name]), None)
+    if moved is not None or len(held) > len(set(layout.parameters.values())):
+        what = f"no longer holds {moved}" if moved is not None else "holds what the model does not tune"
+        raise ShardingError(
+            f"a parameter group {what}, for its list was edited: freeze a parameter (requires_grad_(False)) to tune it "
+            "no more, add one with add_param_group, and give groups of their own when the optimizer is made"
+        )
 
 
 def numbers(groups: Sequence[Group], layout: Layout, known: dict[str, int]) -> dict[str, int]:

@@ -99,8 +99,7 @@ class MeZO(torch.optim.Optimizer):
         view = View(model, dtype=dtype, noise=Noise.of(distribution))
         params = [{"params": groups.listed(view.layout)}] if params is None else params
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.model = model
-        self.eps, self.seed, self.step_count = eps, seed, 0
+        self.model, self.eps, self.seed, self.step_count = model, eps, seed, 0
         self.last_record: StepRecord | None = None
         self.last_signal: Signal | None = None
         self._dtype, self._paired = dtype, paired
@@ -291,7 +290,9 @@ class MeZO(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Look at the model again if it is no longer the one that was looked at. Raises before anything changes."""
+        saved.check_still(self.eps, self.seed, self.param_groups)
         if self._writer.layout.is_current():
+            groups.check_unedited(self.param_groups, self._writer.layout, self._writer.groups)
             if self.trajectory is not None:
                 self._writer.check_untouched()
             return

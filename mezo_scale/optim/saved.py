@@ -26,6 +26,16 @@ def check_options(lr: float, eps: float, weight_decay: float, seed: int) -> None
         raise ValueError(f"seed is {seed}: expected 0 to 2**64 - 1")
 
 
+def check_still(eps: float, seed: int, param_groups: list[groups.Group]) -> None:
+    """As `check_options`, of what may have been set since, by a scheduler for one, which may set a rate to 0."""
+    check_options(1.0, eps, 0.0, seed)
+    for number, group in enumerate(param_groups):
+        for name in ("lr", "weight_decay"):
+            value = float(group[name])
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} of parameter group {number} is {value}: expected a finite number, 0 or above")
+
+
 def run_state(state_dict: Mapping[str, Any], mine: Mapping[str, Any], *, log_is_open: bool) -> dict[str, Any]:
     """Where a saved run stands.
 
