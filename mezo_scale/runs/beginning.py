@@ -15,6 +15,7 @@ from mezo_scale import collectives
 from mezo_scale.errors import TrajectoryError
 from mezo_scale.models import adapters, checkpoints, tuning
 from mezo_scale.models.save import write
+from mezo_scale.optim.mezo import MeZO
 from mezo_scale.runs.directory import ADAPTER_INIT, RunDirectory
 from mezo_scale.trajectory import Trajectory
 
@@ -39,6 +40,25 @@ def take_up_adapter_(model: nn.Module, run: RunDirectory) -> None:
         return
     data = collectives.from_first_rank(lambda: save(adapters.read(run.adapter_init)[1]))
     adapters.put_(model, load(data), str(run.adapter_init))
+
+
+def own_log(optimizer: MeZO, done: int) -> Trajectory:
+    """The log of a run, which this process alone writes.
+
+    Args:
+        done: how many steps it had when all the rest of the run directory was read.
+
+    Raises:
+        TrajectoryError: another process has taken steps since. What was read is no longer so.
+    """
+    log = optimizer.trajectory
+    assert log is not None, "a run keeps a log"
+    if len(log) != done:
+        log.close()
+        raise TrajectoryError(
+            f"another process took the run from {done} steps to {len(log)} while this one was beginning: begin again"
+        )
+    return log
 
 
 def begun(base: str, records: Trajectory, adapter: Path | None) -> nn.Module:

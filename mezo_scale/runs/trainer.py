@@ -24,7 +24,7 @@ from mezo_scale.optim.mezo import MeZO
 from mezo_scale.perturbation.weights import check_rank
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs import snapshots
-from mezo_scale.runs.beginning import keep_adapter, take_up_adapter_
+from mezo_scale.runs.beginning import keep_adapter, own_log, take_up_adapter_
 from mezo_scale.runs.card import add_card
 from mezo_scale.runs.console import Screen, StepProgress
 from mezo_scale.runs.directory import RunDirectory
@@ -105,8 +105,7 @@ class Trainer:
             left = 0 if self.dev.says_stop else self.recipe.train.steps - done
             self.screen.say(f"continuing {self.run.path}: {where}{done - begun} steps are replayed, {left} are left")
         optimizer = self._optimizer()
-        assert optimizer.trajectory is not None, "a run keeps a log"
-        with optimizer.trajectory:  # no other process writes this directory until the report is there
+        with own_log(optimizer, done):  # no other process writes this directory until the report is there
             self._tune(optimizer, results)
             last = optimizer.step_count
             del optimizer
@@ -286,8 +285,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         record = optimizer.last_record
         assert record is not None, "a step was just taken"
-        values = {"projected_grads": list(record.projected_grads), "lr": lr, "seconds": seconds}
-        values |= filling(batch, seconds)
+        grads = list(record.projected_grads)
+        values = {"projected_grads": grads, "lr": lr, "seconds": seconds, **filling(batch, seconds)}
         metrics.log_step(step + 1, optimizer.last_signal, loss=loss, **values, skipped=record.skipped)
         skips.count(record)
         progress.advance(step + 1, loss, skips.total)

@@ -12,6 +12,7 @@ import pytest
 
 from mezo_scale.errors import RecipeError, TrajectoryError
 from mezo_scale.recipe import Recipe, dump, load
+from mezo_scale.runs import session
 from mezo_scale.runs.directory import RunDirectory
 from mezo_scale.runs.publish import rebuild
 from mezo_scale.runs.session import train
@@ -120,6 +121,21 @@ def test_a_second_process_on_a_run_ends_with_2_and_names_the_first(
         holder.kill()
     assert run("train", folder, "train.steps=6")[0] == 0
     assert not (folder / "trajectory.mezo.lock").exists()
+
+
+def test_steps_that_another_process_took_while_this_one_was_beginning_are_seen(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    train(recipe)
+    before = state(recipe.directory)
+    monkeypatch.setattr(session, "_steps_done", lambda recipe, run: 2)
+    with pytest.raises(TrajectoryError, match="another process took the run from 2 steps to 4 while this one was beg"):
+        train(load(recipe.directory, ["train.steps=6"]))
+    assert state(recipe.directory) == before
+    monkeypatch.undo()
+    train(load(recipe.directory, ["train.steps=6"]))
+    assert len(Trajectory.open(recipe.directory / "trajectory.mezo")) == 6
 
 
 def test_other_examples_under_the_same_names_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
