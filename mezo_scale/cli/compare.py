@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mezo_scale.cli.app import app
+from mezo_scale.errors import RecipeError
 
 Source = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe (YAML) with a section compare, or one that is shipped.")
@@ -34,7 +35,7 @@ def compare(
     """Compare methods: run each with several seeds and learning rates, and put them into one table.
 
     Every run has a directory of its own in output.dir; `mezo-scale runs` lists them. One that fails is a row with its
-    reason. Stopped, the same command goes on.
+    reason, and the exit code is then 2. Stopped, the same command goes on.
 
     \b
       mezo-scale compare compare.yaml
@@ -47,3 +48,8 @@ def compare(
     table = comparison_report.write(asked, failed)
     typer.echo(table)
     typer.echo(f"report: {asked.out / comparison_report.REPORT}")
+    if failed:
+        raise RecipeError(
+            f"{len(failed)} of {len(asked.cells)} runs have no result, the table says why: mend that and give "
+            "--retry-failed"
+        )
