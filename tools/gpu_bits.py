@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezo_scale.noise import Noise, cpu, cuda, factors, reference
+from mezo_scale.noise import Noise, cpu, cuda, reference, spec
+from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.parts import Branches, Part
 from tests.noise import box_muller_kernel, cases
 
@@ -77,7 +78,7 @@ def parts(device: torch.device, count: int) -> Iterator[tuple[str, int]]:
         shards.append(Part(local.to(device, copy=True), runs, number, None, which, which))
         cpu.write_(local, runs, number, step[0], step[1][which], step[2][which], None, False, 0)
         here.append(local)
-    cuda.write_all_(shards, *step, False, 0)
+    cuda.write_all_(shards, *step, False, 0, [None] * len(shards))
     yield "write of four shards at once", sum(differing(a, part.local) for a, part in zip(here, shards, strict=True))
 
 
@@ -100,15 +101,30 @@ def views(device: torch.device, count: int) -> Iterator[tuple[str, int]]:
 
 
 def low_rank(device: torch.device) -> Iterator[tuple[str, int]]:
+    shape, seeds = (70, 300), np.array([[1, 2**63]], np.uint64)
+    runs, branches = np.array([[0, 0, 70 * 300]]), Branches([(1, 0.5), (2**63, -0.5)])
+    step, ids = (seeds, np.array([[0.5, -0.25]], np.float32), np.array([0.99], np.float32)), torch.randint(70, (2, 9))
     for entries in ("signs", "normal"):
-        noise, weight = Noise("low_rank", 4, entries), torch.empty(70, 300)
-        found = [factors(weight.to(place), 11, [1, 2**63], noise=noise) for place in ("cpu", device)]
-        assert found[0] is not None
-        assert found[1] is not None
-        wrong = differing(found[0].u, found[1].u) + differing(found[0].v, found[1].v)
-        elements = torch.arange(weight.numel())
-        product = differing(found[0].product(1, elements), found[1].product(1, elements.to(device)))
-        yield f"low rank of {entries}", wrong + product
+        noise, found = Noise("low_rank", 4, entries), []
+        for module, place in ((cpu, torch.device("cpu")), (cuda, device)):
+            u, v = (
+                module.draw(seeds.ravel(), 11, noise.stream + side, 0, 4 * size, place).view(2, 4, size)
+                for side, size in zip((spec.LEFT, spec.RIGHT), shape, strict=True)
+            )
+            found.append(Factors(u, v))
+        yield f"factors of {noise.name}", differing(found[0].u, found[1].u) + differing(found[0].v, found[1].v)
+        for dtype in DTYPES:
+            made = []
+            for module, place, of in ((cpu, torch.device("cpu"), found[0]), (cuda, device, found[1])):
+                local = cases.values(3, 70 * 300, dtype).to(place, copy=True)
+                module.write_(local, runs, 11, *step, None, False, noise.stream, of)
+                out = torch.empty(2, 70 * 300, dtype=dtype, device=place)
+                module.view(local, runs, 11, branches, out, noise.stream, of)
+                looked_up = torch.empty(2, 9, 300, dtype=dtype, device=place)
+                module.rows(local.view(shape), 11, branches, ids.to(place), looked_up, noise.stream, of)
+                made.append((local, out, looked_up))
+            wrong = [differing(one, other) for one, other in zip(*made, strict=True)]
+            yield f"write, view and rows of {noise.name}, {dtype}", sum(wrong)
 
 
 def large(device: torch.device) -> Iterator[tuple[str, int]]:

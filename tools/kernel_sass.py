@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mezo_scale.noise import cuda, spec, triton_kernels
+from mezo_scale.noise import cuda, spec, triton_kernels, triton_low_rank
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
 
@@ -127,6 +127,13 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         ("write, bfloat16, not aligned", one, many | {"aligned": False}),
     ):
         yield name, triton_kernels.write, types, write | constants
+    factors = {"u": "*fp32", "v": "*fp32"}
+    sides = {"m": "i32", "n": "i32", "scale": "fp32"}
+    steps = {"steps": numbers.pop("steps")}
+    low_rank = {"local": "*bf16", "remainder": "*bf16"} | PLACES | numbers | factors | steps | sides
+    of_rank = {"rank": 1, "decayed": False, "kind": cuda.BFLOAT16, "stochastic": False, "single": True, "aligned": True}
+    one_direction = of_rank | {"directions": 1, "ptx": True}  # several are a loop, which a straight way does not show
+    yield "write, bfloat16, rank 1", triton_low_rank.write, low_rank, one_direction
     pointers = {"weight": "*bf16", "out": "*bf16"} | PLACES | {"seed": "*i64", "scales": "*fp32", "targets": "*i64"}
     view = {"branches": 2, "out_kind": cuda.BFLOAT16} | common
     yield "view, bfloat16, two sides", triton_kernels.view, pointers, view
@@ -148,7 +155,7 @@ def count(name: str, kernel: Any, signature: dict[str, str], constants: dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90)
-    parser.add_argument("--warps", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--warps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernel_sass.csv")
     options = parser.parse_args()
     about = {"triton": triton.__version__, "arch": options.arch}

@@ -7,8 +7,7 @@ rank regenerates its own part alone, and a trajectory of seeds and scalars can b
 shard are the row-major flat elements global start .. global start + length - 1 of the whole parameter.
 
 Every device returns the same bits: CPU tensors use the compiled kernels of `cpu`, GPUs those of `cuda` where Triton
-is installed, anything else `reference`; low-rank noise has no kernel for GPUs yet, and takes `reference` there. A NaN
-stays a NaN, but its payload is not promised.
+is installed, anything else `reference`. A NaN stays a NaN, but its payload is not promised.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mezo_scale.noise import check, reference, spec
-from mezo_scale.noise.dispatch import draw_factors, given, kernels_of, kernels_on, sweeps_of
+from mezo_scale.noise.dispatch import draw_factors, kernels_of, kernels_on
 from mezo_scale.noise.kind import NORMAL, Noise
 from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.parts import Branches, Part
@@ -183,9 +182,9 @@ class Perturbed:
                 out.copy_(weight.expand_as(out))
             if not self.numel:
                 return
-            drawn = given(draw_factors(branches.seeds, self.param_id, self.rank, self.shape, self.noise, weight))
-            sweeps = sweeps_of(weight, self.rank)
-            sweeps.view(weight, self.runs, self.param_id, branches, out, self.noise.stream, *drawn)
+            drawn = draw_factors(branches.seeds, self.param_id, self.rank, self.shape, self.noise, weight)
+            kernels = kernels_of(weight)
+            kernels.view(weight, self.runs, self.param_id, branches, out, self.noise.stream, drawn)
 
 
 def view(
@@ -240,5 +239,5 @@ def rows(
     rank = noise.rank_of(table.shape)
     with torch.no_grad():
         if out.numel():
-            drawn = given(draw_factors(named.seeds, param_id, rank, table.shape, noise, table))
-            sweeps_of(table, rank).rows(table, param_id, named, ids, out, stream, *drawn)
+            drawn = draw_factors(named.seeds, param_id, rank, table.shape, noise, table)
+            kernels_of(table).rows(table, param_id, named, ids, out, stream, drawn)

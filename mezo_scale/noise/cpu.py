@@ -22,7 +22,6 @@ from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.parts import Branches, Part
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-TAKES_FACTORS = True  # whether the sweeps know low-rank noise
 CHUNK = 1 << 16  # draws below which a thread is not worth its start, about 0.1 ms
 
 Runs = npt.NDArray[np.int64]

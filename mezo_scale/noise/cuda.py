@@ -15,17 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mezo_scale.noise import triton_kernels
+from mezo_scale.noise import triton_kernels, triton_low_rank
 from mezo_scale.noise.device_tables import constant, current, parts_table, runs_table
+from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.parts import Branches, Part
 from mezo_scale.noise.spec import M32, TILE
 from mezo_scale.noise.triton_tiles import INTERPRETED
 
 FLOAT32, BFLOAT16, FLOAT16, MASTER = range(4)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-TAKES_FACTORS = False  # whether the sweeps know low-rank noise
 WARPS = 1  # a whole tile in one warp: the fewest instructions for an element (tools/kernel_sass.py)
 OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}  # no a * b + c contracted
+OF_LOW_RANK = OPTIONS | {"num_warps": 4}  # a quarter of the registers: little is computed, and more is waited for
 
 Runs = npt.NDArray[np.int64]
 
@@ -55,8 +56,10 @@ def write_(
     remainder: Tensor | None,
     stochastic: bool,
     stream: int,
+    factors: Factors | None = None,
 ) -> None:
-    write_all_([Part(local, runs, param_id, remainder)], seeds, alphas[None], decays[None], stochastic, stream)
+    part = Part(local, runs, param_id, remainder)
+    write_all_([part], seeds, alphas[None], decays[None], stochastic, stream, [factors])
 
 
 def write_all_(
@@ -66,54 +69,77 @@ def write_all_(
     decays: npt.NDArray[np.float32],
     stochastic: bool,
     stream: int,
-    factors: Sequence[None] = (),
+    factors: Sequence[Factors | None],
 ) -> None:
-    """`write_` of several shards, in one launch for all that are stored alike.
+    """`write_` of several shards, in one launch for all that are stored alike; with factors, in one for each.
 
-    alphas: [groups, S, K]; decays: [rows, S]; each part says which. factors: no kernel takes them yet.
+    alphas: [groups, S, K]; decays: [rows, S]; each part says which. factors: of each part.
     """
-    kinds: dict[tuple[torch.device, int], list[Part]] = {}
-    for part in parts:
+    kinds: dict[tuple[torch.device, int, Factors | None], list[Part]] = {}
+    for part, made_of in zip(parts, factors, strict=True):
         kind = KINDS[part.local.dtype] if part.remainder is None else MASTER
-        kinds.setdefault((part.local.device, kind), []).append(part)
+        kinds.setdefault((part.local.device, kind, made_of), []).append(part)
     steps, directions = seeds.shape
-    for (device, kind), alike in kinds.items():
+    for (device, kind, made_of), alike in kinds.items():
         here = [current(device, name, array) for name, array in (("s", seeds), ("a", alphas), ("d", decays))]
+        shared = {
+            "directions": directions,
+            "decayed": bool((decays != 1).any()),
+            "kind": kind,
+            "stochastic": stochastic and kind in (BFLOAT16, FLOAT16),
+            "ptx": _takes_ptx(device),
+            **(OPTIONS if made_of is None else OF_LOW_RANK),
+        }
         for places in parts_table(alike):
             assert places.tensors is not None
             local, low = places.tensors
+            tensors = local if kind != MASTER else local.view(torch.int16), low if low is not None else local
+            shared |= {"single": places.single, "aligned": places.aligned}
             with _current(device):
-                triton_kernels.write[(places.programs,)](
-                    local if kind != MASTER else local.view(torch.int16),
-                    low if low is not None else local,
-                    *places.arrays,
-                    *here,
-                    steps,
-                    directions=directions,
-                    decayed=bool((decays != 1).any()),
-                    kind=kind,
-                    stochastic=stochastic and kind in (BFLOAT16, FLOAT16),
-                    stream=stream,
-                    one_step=steps == 1,
-                    single=places.single,
-                    aligned=places.aligned,
-                    ptx=_takes_ptx(device),
-                    **OPTIONS,
-                )
+                if made_of is None:
+                    triton_kernels.write[(places.programs,)](
+                        *tensors, *places.arrays, *here, steps, one_step=steps == 1, stream=stream, **shared
+                    )
+                else:
+                    given, of_rank = _multiplied(made_of)
+                    triton_low_rank.write[(places.programs,)](
+                        *tensors, *places.arrays, *here, made_of.u, made_of.v, steps, *given, **of_rank, **shared
+                    )
+
+
+def _multiplied(factors: Factors) -> tuple[tuple[int, int, float], dict[str, int]]:
+    """What a kernel is told of factors: their sides and scale, and their rank."""
+    return (factors.u.shape[2], factors.v.shape[2], factors.scale), {"rank": factors.u.shape[1]}
 
 
 def draw(
     seeds: npt.NDArray[np.uint64], param_id: int, stream: int, start: int, count: int, device: torch.device
 ) -> Tensor:
-    z = torch.zeros(len(seeds), count, dtype=torch.float32, device=device)  # 0 + 1 * z is z: no z is zero
-    runs, one = np.array([[0, start, count]], dtype=np.int64), np.ones((1, 1), dtype=np.float32)
-    for row, seed in zip(z, seeds, strict=True):
-        write_(row, runs, param_id, np.full((1, 1), seed), one, one[0], None, False, stream)
-    return z
+    out = torch.empty(len(seeds), count, dtype=torch.float32, device=device)
+    tiles = (start + count - 1 >> 10) - (start >> 10) + 1
+    if out.numel():
+        with _current(device):
+            triton_kernels.values[(tiles, len(seeds))](
+                out,
+                current(device, "drawn", seeds),
+                *_identity(param_id),
+                start,
+                count,
+                stream=stream,
+                ptx=_takes_ptx(device),
+                **OPTIONS,
+            )
+    return out
 
 
 def view(
-    weight: Tensor, runs: Runs, param_id: int, branches: Sequence[tuple[int, float]], out: Tensor, stream: int
+    weight: Tensor,
+    runs: Runs,
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    out: Tensor,
+    stream: int,
+    factors: Factors | None = None,
 ) -> None:
     """One launch for each seed; those of one seed that are neighbours share it."""
     first = 0
@@ -121,34 +147,38 @@ def view(
         last = first + 1
         while last < len(branches) and branches[last][0] == branches[first][0]:
             last += 1
-        _view(weight, runs, param_id, branches[first:last], out[first:last], stream)
+        own = None if factors is None else Factors(factors.u[first:last], factors.v[first:last])
+        _view(weight, runs, param_id, branches[first:last], out[first:last], stream, own)
         first = last
 
 
 def _view(
-    weight: Tensor, runs: Runs, param_id: int, branches: Sequence[tuple[int, float]], out: Tensor, stream: int
+    weight: Tensor,
+    runs: Runs,
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    out: Tensor,
+    stream: int,
+    factors: Factors | None,
 ) -> None:
     device, numel = weight.device, weight.numel()
     seed, scales = _uploaded(branches, device)
     targets = constant(device, tuple(numel * number for number in range(len(branches))))
     aligned = numel % 16 == 0 or len(branches) == 1
+    options = OPTIONS if factors is None else OF_LOW_RANK
+    shared = {"branches": len(branches), "out_kind": KINDS[out.dtype], **options}
     for places in runs_table(runs, param_id, device):
+        shared |= {"single": places.single, "aligned": places.aligned and aligned}
         with _current(device):
-            triton_kernels.view[(places.programs,)](
-                weight,
-                out,
-                *places.arrays,
-                seed,
-                scales,
-                targets,
-                branches=len(branches),
-                out_kind=KINDS[out.dtype],
-                stream=stream,
-                single=places.single,
-                aligned=places.aligned and aligned,
-                ptx=_takes_ptx(device),
-                **OPTIONS,
-            )
+            if factors is None:
+                triton_kernels.view[(places.programs,)](
+                    weight, out, *places.arrays, seed, scales, targets, stream=stream, ptx=_takes_ptx(device), **shared
+                )
+            else:
+                given, of_rank = _multiplied(factors)
+                triton_low_rank.view[(places.programs,)](
+                    weight, out, *places.arrays, factors.u, factors.v, scales, targets, *given, **of_rank, **shared
+                )
 
 
 def _uploaded(branches: Sequence[tuple[int, float]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -159,25 +189,26 @@ def _uploaded(branches: Sequence[tuple[int, float]], device: torch.device) -> tu
 
 
 def rows(
-    table: Tensor, param_id: int, branches: Sequence[tuple[int, float]], ids: Tensor, out: Tensor, stream: int
+    table: Tensor,
+    param_id: int,
+    branches: Sequence[tuple[int, float]],
+    ids: Tensor,
+    out: Tensor,
+    stream: int,
+    factors: Factors | None = None,
 ) -> None:
-    width = table[0].numel()
-    tiles = (width + 2 * TILE - 2) // TILE  # the most that a row meets
+    width, ids = table[0].numel(), ids.contiguous()
     seeds, scales = _uploaded(branches, table.device)
+    sides = table.shape[0], width, ids.shape[1]
+    shared = {"out_kind": KINDS[out.dtype], **(OPTIONS if factors is None else OF_LOW_RANK)}
     with _current(table.device):
-        triton_kernels.rows[(ids.numel() * tiles,)](
-            table,
-            out,
-            ids.contiguous(),
-            tiles,
-            *_identity(param_id),
-            seeds,
-            scales,
-            table.shape[0],
-            width,
-            ids.shape[1],
-            out_kind=KINDS[out.dtype],
-            stream=stream,
-            ptx=_takes_ptx(table.device),
-            **OPTIONS,
-        )
+        if factors is None:
+            tiles = (width + 2 * TILE - 2) // TILE  # the most that a row meets
+            given = (tiles, *_identity(param_id), seeds, scales)
+            triton_kernels.rows[(ids.numel() * tiles,)](
+                table, out, ids, *given, *sides, stream=stream, ptx=_takes_ptx(table.device), **shared
+            )
+        else:
+            parts, (*_, scale), of_rank = -(-width // TILE), *_multiplied(factors)
+            made_of = (factors.u, factors.v, scales, parts)
+            triton_low_rank.rows[(ids.numel() * parts,)](table, out, ids, *made_of, *sides, scale, **of_rank, **shared)

@@ -20,7 +20,7 @@ from torch import Tensor
 from mezo_scale.noise.parts import Part, Runs
 
 KEPT = 4096  # tables: more than a model has parameters, or they would be made again at every step
-COARSE = 64  # programs that share an entry of the coarse index; `triton_kernels._job` knows it, too
+COARSE = 64  # programs that share an entry of the coarse index; `triton_kernels.job` knows it, too
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -29,7 +29,7 @@ class Places:
 
     Attributes:
         tensors: what places are counted from, and the same of remainders.
-        arrays: table, firsts and coarse index, as `triton_kernels._job` takes them.
+        arrays: table, firsts and coarse index, as `triton_kernels.job` takes them.
         programs: tiles of all of them.
         aligned: whether all addresses of a tile's lanes are multiples of 16 elements, given that the tensors' are.
     """
@@ -66,7 +66,7 @@ def parts_table(parts: Sequence[Part]) -> list[Places]:
         + (() if part.remainder is None else (part.remainder.data_ptr(),))
         for part in parts
     )
-    if len(parts) == 1 and len(first.runs) == 1:
+    if len(parts) == 1 and len(first.runs) == 1 and not first.alphas and not first.decays:
         found = runs_table(first.runs, first.param_id, first.local.device)
         return [places.among((first.local, low)) for places in found]
 

@@ -36,12 +36,6 @@ def kernels_on(device: str) -> ModuleType:
     return reference
 
 
-def sweeps_of(tensor: Tensor, rank: int | None) -> ModuleType:
-    """What sweeps over a tensor; on a GPU no kernel multiplies factors yet."""
-    kernels = kernels_of(tensor)
-    return kernels if rank is None or kernels.TAKES_FACTORS else reference
-
-
 def draw_factors(
     seeds: npt.NDArray[np.uint64],
     param_id: int,
@@ -59,8 +53,3 @@ def draw_factors(
         for side, size in zip((spec.LEFT, spec.RIGHT), shape, strict=True)
     )
     return Factors(u, v)
-
-
-def given(drawn: Factors | None) -> tuple[Factors, ...]:
-    """As an argument for sweeps that may know no factors."""
-    return () if drawn is None else (drawn,)

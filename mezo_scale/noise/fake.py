@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TAKES_FACTORS = True
-
 
 def write_(*_: Any) -> None: ...
 

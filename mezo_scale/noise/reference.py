@@ -18,7 +18,6 @@ from mezo_scale.noise import spec
 from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.spec import COS, LANES, LN2, LOG, M32, SIN, TILE
 
-TAKES_FACTORS = True  # whether the sweeps know low-rank noise
 CHUNK = 1 << 20  # elements worked on at once; bounds the memory of the intermediates (about 100 bytes each)
 
 

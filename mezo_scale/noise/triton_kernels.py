@@ -12,7 +12,7 @@ from mezo_scale.noise.triton_tiles import MASTER, nearest, put, read, rounded_up
 
 
 @triton.jit
-def _job(table, firsts, coarse, single: tl.constexpr, aligned: tl.constexpr):
+def job(table, firsts, coarse, single: tl.constexpr, aligned: tl.constexpr):
     """This program's tile, the bounds lo .. hi - 1 in it, the row of its run, and where element 0 lies in both tensors.
 
     table: int64 [n, 8], a row for each run: (place of its first element in the first and the second tensor, first
@@ -31,7 +31,7 @@ def _job(table, firsts, coarse, single: tl.constexpr, aligned: tl.constexpr):
         run = table + number * 8
     start, length = tl.load(run + 2), tl.load(run + 3)
     tile = (start >> 10) + pid
-    lo, hi = _bounds(tile, start, length)
+    lo, hi = bounds(tile, start, length)
     here = tile * 1024 - start
     one, other = here + tl.load(run), here + tl.load(run + 1)
     if aligned:
@@ -40,14 +40,14 @@ def _job(table, firsts, coarse, single: tl.constexpr, aligned: tl.constexpr):
 
 
 @triton.jit
-def _identity(run):
+def identity(run):
     """The halves of a run's param_id."""
     param_id = tl.load(run + 4)
     return param_id.to(tl.uint32), (param_id >> 32).to(tl.uint32)
 
 
 @triton.jit
-def _bounds(tile, start, length):
+def bounds(tile, start, length):
     first = start - tile * 1024
     return tl.maximum(first, 0).to(tl.int32), tl.minimum(first + length, 1024).to(tl.int32)
 
@@ -99,7 +99,7 @@ def _stepped(
 def write(
     local,  # for masters, their int16 halves
     remainder,
-    table,  # as `_job` takes it; the numbers are rows of alphas and of decays
+    table,  # as `job` takes it; the numbers are rows of alphas and of decays
     firsts,
     coarse,
     seeds,  # int64 [steps, directions]
@@ -116,8 +116,8 @@ def write(
     aligned: tl.constexpr,
     ptx: tl.constexpr,
 ):
-    tile, lo, hi, run, at, low_at = _job(table, firsts, coarse, single, aligned)
-    p0, p1 = _identity(run)
+    tile, lo, hi, run, at, low_at = job(table, firsts, coarse, single, aligned)
+    p0, p1 = identity(run)
     alphas += tl.load(run + 5) * steps * directions
     decays += tl.load(run + 6) * steps
     local, remainder = local + at, remainder + low_at
@@ -178,7 +178,7 @@ def _write_tile(
 def view(
     weight,
     out,
-    table,  # as `_job` takes it
+    table,  # as `job` takes it
     firsts,
     coarse,
     seed,  # int64, of all branches here
@@ -191,8 +191,8 @@ def view(
     aligned: tl.constexpr,
     ptx: tl.constexpr,
 ):
-    tile, lo, hi, run, at, _ = _job(table, firsts, coarse, single, aligned)
-    p0, p1 = _identity(run)
+    tile, lo, hi, run, at, _ = job(table, firsts, coarse, single, aligned)
+    p0, p1 = identity(run)
     weight, out = weight + at, out + at
     if (lo == 0) & (hi == 1024):
         _view_tile(
@@ -215,6 +215,25 @@ def _view_tile(
         to = tl.load(targets + b)
         to = tl.multiple_of(to, 16) if aligned else to
         put(out + to, nearest(theta + tl.load(scales + b) * z, out_kind), lo, hi, stream, inside)
+
+
+@triton.jit(do_not_specialize=["p0", "p1", "start", "count"])
+def values(
+    out,  # [directions, count]
+    seeds,  # int64 [directions]
+    p0,
+    p1,
+    start,
+    count,
+    stream: tl.constexpr,
+    ptx: tl.constexpr,
+):
+    """z itself, of each direction in the grid's second dim."""
+    begin, direction = start.to(tl.int64), tl.program_id(1).to(tl.int64)
+    tile = (begin >> 10) + tl.program_id(0)
+    lo, hi = bounds(tile, begin, count)
+    z = draw(stream, tl.load(seeds + direction), p0.to(tl.uint32), p1.to(tl.uint32), tile, ptx)
+    put(out + direction * count + (tile * 1024 - begin), z, lo, hi, stream, False)
 
 
 @triton.jit(do_not_specialize=["p0", "p1", "tiles", "height", "count"])
@@ -240,7 +259,7 @@ def rows(
     known = (found >= 0) & (found < height)
     start = tl.where(known, found, 0) * width
     tile = (start >> 10) + pid % tiles
-    lo, hi = _bounds(tile, start, width)
+    lo, hi = bounds(tile, start, width)
     if hi > lo:  # always masked: a row is narrow, and seldom begins where a tile does
         theta = read(table + tile * 1024, lo, hi, stream, False).to(tl.float32)
         z = draw(stream, tl.load(seeds + b), p0.to(tl.uint32), p1.to(tl.uint32), tile, ptx)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mezo_scale.noise.dispatch import draw_factors, given, sweeps_of
+from mezo_scale.noise.dispatch import draw_factors, kernels_of
 from mezo_scale.noise.kind import NORMAL, Noise
 from mezo_scale.noise.low_rank import Factors
 from mezo_scale.noise.parts import Part
@@ -48,7 +48,7 @@ def _together(parts: Sequence[Part], draws: int) -> Iterator[tuple[ModuleType, l
     batches: dict[ModuleType, list[Part]] = {}
     held: dict[ModuleType, int] = {}
     for part in parts:
-        sweeps, numbers = sweeps_of(part.local, part.rank), _numbers(part, draws)
+        sweeps, numbers = kernels_of(part.local), _numbers(part, draws)
         if sweeps in batches and held[sweeps] + numbers > FACTORS:
             yield sweeps, batches.pop(sweeps)
             held[sweeps] = 0
@@ -80,5 +80,5 @@ def _write_(
     for first in range(0, len(seeds), at_once):
         some = slice(first, first + at_once)
         steps = (np.ascontiguousarray(array[some]) for array in (seeds, alphas, decays))
-        drawn = given(_factors(part, seeds[some], noise))
-        sweeps.write_(part.local, part.runs, part.param_id, *steps, part.remainder, stochastic, noise.stream, *drawn)
+        drawn = _factors(part, seeds[some], noise)
+        sweeps.write_(part.local, part.runs, part.param_id, *steps, part.remainder, stochastic, noise.stream, drawn)

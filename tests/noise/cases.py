@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mezo_scale.noise import Noise, reference
-from mezo_scale.noise.parts import Branches
+from mezo_scale.noise import Noise, reference, spec
+from mezo_scale.noise.low_rank import Factors
+from mezo_scale.noise.parts import Branches, Part
 
 Runs = npt.NDArray[np.int64]
 RAW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -127,6 +128,75 @@ def rows_differ(
     return differing(*results)
 
 
+MATRIX = (37, 61)
+PARTS = np.array([[0, 50, 700], [705, 1000, 1], [706, 1100, 1157]])  # of the matrix, the last up to its end
+
+
+def factors_of(seeds: npt.NDArray[np.uint64], param_id: int, shape: tuple[int, int], kind: Noise) -> Factors:
+    """By the reference."""
+    rank, place = kind.rank or 0, torch.device("cpu")
+    u, v = (
+        reference.draw(seeds.ravel(), param_id, kind.stream + side, 0, rank * size, place).view(seeds.size, rank, size)
+        for side, size in zip((spec.LEFT, spec.RIGHT), shape, strict=True)
+    )
+    return Factors(u, v)
+
+
+def low_rank_writes_differ(
+    kernels: str,
+    dtype: torch.dtype,
+    kind: Noise,
+    *,
+    steps: int = 1,
+    directions: int = 1,
+    decayed: bool = False,
+    master: bool = False,
+    stochastic: bool = False,
+) -> int:
+    """As `write_differs`, of parts of a matrix whose z is of low rank, and of a vector and another matrix beside it."""
+    random = np.random.default_rng(steps + directions)
+    seeds = random.integers(0, 2**64, (steps, directions), dtype=np.uint64)
+    alphas = random.normal(size=(2, steps, directions)).astype(np.float32)
+    decays = random.uniform(0.9, 1, (1, steps)).astype(np.float32) if decayed else np.ones((1, steps), np.float32)
+    shapes: list[tuple[int, ...]] = [MATRIX, (90,), (70, 8)]
+    wrong, all_of = 0, [PARTS, np.array([[0, 0, 90]]), np.array([[0, 0, 560]])]
+    results = []
+    for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
+        parts, made_of = [], []
+        for number, (runs, shape) in enumerate(zip(all_of, shapes, strict=True)):
+            local = values(number, 2000, dtype)
+            low = torch.arange(2000).to(torch.int16) if master else None
+            parts.append(Part(local, runs, 9 + number, low, number % 2))
+            made_of.append(factors_of(seeds, 9 + number, shape, kind) if len(shape) == 2 else None)
+        if hasattr(module, "write_all_"):
+            module.write_all_(parts, seeds, alphas, decays, stochastic, kind.stream, made_of)
+        else:
+            for part, made in zip(parts, made_of, strict=True):
+                work = (seeds, alphas[part.alphas], decays[0], part.remainder, stochastic, kind.stream, made)
+                module.write_(part.local, part.runs, part.param_id, *work)
+        results.append(parts)
+    for one, other in zip(*results, strict=True):
+        wrong += differing(one.local, other.local)
+        wrong += differing(one.remainder, other.remainder) if master else 0
+    return wrong
+
+
+def low_rank_views_differ(kernels: str, dtype: torch.dtype, out_dtype: torch.dtype, kind: Noise) -> int:
+    """As `view_differs` and `rows_differ`, of a matrix whose z is of low rank."""
+    branches = branches_of((7, 7, 2**63), 1)
+    seeds = np.array([seed for seed, _ in branches], dtype=np.uint64)
+    made_of, weight = factors_of(seeds, 3, MATRIX, kind), values(1, MATRIX[0] * MATRIX[1], dtype)
+    ids = torch.tensor([[0, 36, 5], [36, 36, 1], [2, 3, 4]])
+    results = []
+    for module in (reference, importlib.import_module(f"mezo_scale.noise.{kernels}")):
+        out = torch.full((3, len(weight)), 5.0, dtype=out_dtype)
+        module.view(weight, PARTS, 3, branches, out, kind.stream, made_of)
+        found = torch.full((3, 3, MATRIX[1]), 5.0, dtype=out_dtype)
+        module.rows(weight.view(MATRIX), 3, branches, ids, found, kind.stream, made_of)
+        results.append(torch.cat([out.flatten(), found.flatten()]))
+    return differing(*results)
+
+
 def branches_of(seeds: tuple[int, ...], seed: int) -> Branches:
     scales = np.random.default_rng(seed).normal(size=len(seeds)).astype(np.float32)
     return Branches([(s, float(scale)) for s, scale in zip(seeds, scales, strict=True)])
@@ -150,10 +220,14 @@ def kernel_box_muller_differs() -> int:
     return differing(expected[0], even) + differing(expected[1], odd)
 
 
-def parts_differ(dtype: torch.dtype, *, master: bool = False, directions: int = 1, stochastic: bool = False) -> int:
-    """Several shards written in one call, each with multipliers of its own, against the reference one by one."""
+def parts_differ(
+    dtype: torch.dtype, *, master: bool = False, directions: int = 1, stochastic: bool = False, alone: bool = False
+) -> int:
+    """Several shards written in one call, each with multipliers of its own, against the reference one by one.
+
+    alone: a call for each.
+    """
     from mezo_scale.noise import cuda
-    from mezo_scale.noise.parts import Part
 
     random = np.random.default_rng(directions)
     shards = [runs_of([(0, 0, 3000)], 5), runs_of([(0, 0, 70)], 0), runs_of([(0, 0, 66_000)], 2048)]
@@ -170,7 +244,8 @@ def parts_differ(dtype: torch.dtype, *, master: bool = False, directions: int = 
         reference.write_(other, runs, 9 + number, seeds, alphas[which], decays[which], other_low, stochastic, 0)
         parts.append(Part(local, runs, 9 + number, low, which, which))
         expected.append((other, other_low))
-    cuda.write_all_(parts, seeds, alphas, decays, stochastic, 0)
+    for some in [[part] for part in parts] if alone else [parts]:
+        cuda.write_all_(some, seeds, alphas, decays, stochastic, 0, [None] * len(some))
     wrong = 0
     for part, (other, other_low) in zip(parts, expected, strict=True):
         wrong += differing(other, part.local)
@@ -199,7 +274,7 @@ def kept_tables_differ() -> int:
     return wrong
 
 
-def steps_differ(kernels: str) -> int:
+def steps_differ(kernels: str, distribution: str = "normal") -> int:
     """How many words of a small model's losses and weights `kernels` and the reference disagree on after two steps, by
     way of all that an optimizer keeps from one to the next."""
     from torch import nn
@@ -217,7 +292,8 @@ def steps_differ(kernels: str) -> int:
         try:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4, bias=False))
-            opt = ms.MeZO(model, lr=1e-2, eps=1e-2, estimator=ms.estimators.Grouped(2))
+            estimator = ms.estimators.Grouped(2)
+            opt = ms.MeZO(model, lr=1e-2, eps=1e-2, distribution=distribution, estimator=estimator)
             losses = [opt.step(batch=batch, objective=objective) for _ in range(2)]
         finally:
             dispatch.kernels_on = taken

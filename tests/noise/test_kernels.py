@@ -110,6 +110,36 @@ def test_the_factors_of_low_rank_noise_have_the_references_bits(differ: Differ, 
     assert differ(noise_cases.draw_differs, stream, 900, 200) == 0
 
 
+LOW_RANK = [noise.Noise("low_rank"), noise.Noise("low_rank", 3, "normal")]
+
+
+@pytest.mark.parametrize("kind", LOW_RANK, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("dtype", "work"),
+    [
+        (torch.float32, {"directions": 3}),
+        (torch.bfloat16, {"steps": 2, "directions": 2, "decayed": True}),
+        (torch.bfloat16, {"steps": 2, "directions": 2, "decayed": True, "master": True}),
+        (torch.bfloat16, {"stochastic": True}),
+        (torch.float16, {"steps": 2, "stochastic": True}),
+    ],
+)
+def test_a_write_of_low_rank_has_the_references_bits(
+    differ: Differ, kind: noise.Noise, dtype: torch.dtype, work: dict[str, Any]
+) -> None:
+    assert differ(noise_cases.low_rank_writes_differ, dtype, kind, **work) == 0
+
+
+@pytest.mark.parametrize("kind", LOW_RANK, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32)]
+)
+def test_views_and_rows_of_low_rank_have_the_references_bits(
+    differ: Differ, kind: noise.Noise, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    assert differ(noise_cases.low_rank_views_differ, *dtypes, kind) == 0
+
+
 def test_an_element_far_into_a_parameter_has_the_references_bits(differ: Differ) -> None:
     assert differ(noise_cases.write_differs, torch.float32, runs_of(SMALL, start=(1 << 43) - 500)) == 0
 
@@ -213,6 +243,7 @@ def test_interpreted_normals_of_every_radius_and_angle_have_the_references_bits(
     "work",
     [
         {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "alone": True},
         {"dtype": torch.bfloat16, "master": True, "directions": 2},
         {"dtype": torch.float32, "stochastic": True},
         {"dtype": torch.float16, "stochastic": True},
@@ -249,5 +280,26 @@ def test_compiled_for_a_gpu_only_what_the_specification_allows_is_fused() -> Non
         assert ptx.count(".approx") == ptx.count("rsqrt.approx.ftz.f32") == 2 * pairs * constants["ptx"]
 
 
-def test_steps_by_way_of_the_view_have_the_references_bits(differ: Differ) -> None:
-    assert differ(noise_cases.steps_differ) == 0
+def test_compiled_for_a_gpu_nothing_of_low_rank_is_fused() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_for
+
+    from mezo_scale.noise.cuda import OF_LOW_RANK
+    from tools.kernel_sass import kernels
+
+    found = [parts for name, *parts in kernels() if "rank 1" in name]
+    assert found
+    for kernel, signature, constants in found:
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        try:
+            ptx = compile_for(source, GPUTarget("cuda", 90, 32), dict(OF_LOW_RANK)).asm["ptx"]
+        except (RuntimeError, FileNotFoundError) as error:  # a Triton built without NVIDIA's tools
+            pytest.skip(f"Triton can't compile for CUDA here: {error}")
+        assert "mul.f32" in ptx or "mul.rn.f32" in ptx
+        assert "fma" not in ptx
+
+
+@pytest.mark.parametrize("distribution", ["normal", "low_rank"])
+def test_steps_by_way_of_the_view_have_the_references_bits(differ: Differ, distribution: str) -> None:
+    assert differ(noise_cases.steps_differ, distribution) == 0
