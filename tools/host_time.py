@@ -1,6 +1,6 @@
 """What the Python of a step takes, for each layer: a Llama of tiny layers, whose arithmetic is nothing beside it.
 
-    OMP_NUM_THREADS=1 python -m tools.host_time [--layers 24] [--rounds 15]
+    OMP_NUM_THREADS=1 python -m tools.host_time [--layers 24] [--rounds 15] [--distribution low_rank]
 
 In processor time, a step and the bare forward on the rows of both branches in turns; medians. For two versions run it
 in turns, several times each.
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--distribution", default="normal", help="how z is drawn (default: %(default)s)")
     asked = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -36,7 +37,7 @@ def main() -> None:
     ids = torch.randint(0, 64, (4, 8))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     tall = {name: value.repeat(2, 1) for name, value in batch.items()}
-    optimizer = ms.MeZO(model, lr=1e-3, eps=1e-3)
+    optimizer = ms.MeZO(model, lr=1e-3, eps=1e-3, distribution=asked.distribution)
 
     def step() -> float:
         return optimizer.step(batch=batch, objective=ms.objectives.labels)
