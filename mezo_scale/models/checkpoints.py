@@ -144,6 +144,7 @@ def load_processor(name: str) -> Any:
     except Exception as error:  # transformers and tokenizers raise anything here
         raise ModelError(f"model.name: the tokenizer of {name} can't be read ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:  # never looked at: padding is masked
+        tokenizer.pads_with_text = tokenizer.eos_token_id is None  # then it is not saved, or that token became special
         tokenizer.pad_token_id = tokenizer.eos_token_id or 0
     return tokenizer
 

@@ -46,9 +46,12 @@ def attach_(model: Any, config: Any, device: torch.device, dtype: torch.dtype, c
 
     @functools.wraps(original)  # callers look at a model's signature
     def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        rows = input_ids.shape[0]
-        if options.get("past_key_values") is None:
+        rows, cache = input_ids.shape[0], options.get("past_key_values")
+        if cache is None:
             options["past_key_values"] = _cache(model, config, rows, input_ids.device, compute_dtype)
+        elif not cache.get_seq_length():  # as `generate` of transformers passes it
+            for number, layer in enumerate(_cache(model, config, rows, input_ids.device, compute_dtype).layers):
+                cache.update(layer.keys, layer.values, number)
         if options.get("position_ids") is not None:
             options["position_ids"] = options["position_ids"] + length
         if attention_mask is not None:

@@ -3,6 +3,7 @@
 Of a model with an adapter only that is saved, as PEFT's own folder.
 """
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -99,6 +100,9 @@ def _begin(
     if free < size:
         raise OSError(None, f"it takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
     root.save_pretrained(beside, state_dict={})
+    if getattr(processor, "pads_with_text", False):
+        processor = copy.deepcopy(processor)
+        processor.pad_token = None
     try:
         processor.save_pretrained(beside)
     except Exception as error:  # tokenizers has no type of its own for the system's errors

@@ -28,6 +28,9 @@ def add_card(folder: Path, recipe: Recipe, run: RunDirectory, results: Mapping[s
     name, is_adapter = recipe.model.name, (folder / adapters.CONFIG_FILE).is_file()
     base = Path(name).name if means_disk(name) else name  # where it lies is nobody's business
     again: list[str] = []
+    step, until = results["tuned"].get("step"), ""
+    if step is not None and step < results.get("ended", {}).get("step", step):
+        until = f"--until {step} "
     if recipe.method.name == "mezo":
         shutil.copyfile(run.trajectory, folder / LOG)
         begun = ""
@@ -38,9 +41,9 @@ def add_card(folder: Path, recipe: Recipe, run: RunDirectory, results: Mapping[s
             "",
             "## Made again from its log",
             "",
-            f"`{LOG}` holds every step. With the base model it gives these weights, bit for bit:",
+            f"`{LOG}` holds every step of the run. With the base model it gives these weights, bit for bit:",
             "",
-            f"    mezo-scale replay --base {base} --trajectory {LOG} {begun}--out tuned",
+            f"    mezo-scale replay --base {base} --trajectory {LOG} {begun}{until}--out tuned",
         ]
     lines = [
         f"# {base}, tuned on {recipe.task.name}",

@@ -15,6 +15,7 @@ from mezo_scale.optim.replay import replay
 from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.console import Screen
 from mezo_scale.runs.directory import RunDirectory
+from mezo_scale.tasks.encoding import open_tokens
 
 
 def generate(
@@ -52,9 +53,9 @@ def generate(
     )
     written = []
     for prompt in prompts:
-        given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(world.device)
-        (tokens,) = model.generate(**given, generation_config=config)
-        written.append(tokenizer.decode(tokens[given["input_ids"].shape[1] :], skip_special_tokens=True))
+        ids = torch.tensor([open_tokens(tokenizer, prompt)[0]], device=world.device)
+        (tokens,) = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        written.append(tokenizer.decode(tokens[ids.shape[1] :], skip_special_tokens=True))
     return written
 
 

@@ -9,6 +9,7 @@ from mezo_scale import recipe as recipes
 from mezo_scale.distributed.world import World
 from mezo_scale.errors import MezoError, RecipeError, one_line
 from mezo_scale.models import adapters, checkpoints, heads, save
+from mezo_scale.models.fingerprints import of_files
 from mezo_scale.optim.replay import replay
 from mezo_scale.runs.beginning import begun
 from mezo_scale.runs.card import CARD, LOG, add_licence
@@ -109,6 +110,7 @@ def merge(source: Path, out: Path, base: str | None) -> str:
     if not base:
         raise RecipeError(f"{folder} does not say which model it is an adapter of: give --base")
     config = checkpoints.find(base)
+    _check_same_weights(run, base)
     heads.check_language(f"{base}: merge adds adapters to language models; it", config)
     tokenizer = checkpoints.load_processor(base)
     model = checkpoints.read(base, torch.float32)
@@ -116,6 +118,15 @@ def merge(source: Path, out: Path, base: str | None) -> str:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     save.write(merged.to(dtype), tokenizer, out)
     return base
+
+
+def _check_same_weights(run: RunDirectory, base: str) -> None:
+    """Raises RecipeError if a run began with other weights than a base model has now."""
+    begun_with = run.read_inputs().get("weights") if run.recipe.is_file() else None
+    if begun_with is not None and begun_with != of_files(checkpoints.weight_files(base)):
+        raise RecipeError(
+            f"{run.path} tuned an adapter of other weights than {base} has: give the --base that it began with"
+        )
 
 
 def _check_last(run: RunDirectory) -> None:

@@ -52,6 +52,9 @@ def test_text_after_a_prefix_is_read_as_peft_has_it_with_padding_and_without(tmp
 def test_a_model_with_a_prefix_writes_with_its_cache_what_it_would_without(tmp_path: Path, name: str) -> None:
     model, peft = with_prefix(name, tmp_path)
     written = greedy(model, *padded(4), 6, lambda token: False).tokens[0]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    by_transformers = model.generate(input_ids=TEXT, attention_mask=torch.ones_like(TEXT), **options)
+    assert by_transformers[0, TEXT.shape[1] :].tolist() == written
     text = TEXT
     for token in written:
         logits = peft(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, -1]

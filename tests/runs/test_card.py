@@ -9,11 +9,12 @@ from unittest import mock
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, RepoUrl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mezo_scale.errors import RecipeError
 from mezo_scale.recipe import Recipe
 from mezo_scale.runs import card, publish
+from mezo_scale.runs.on_dev import OnDev
 from mezo_scale.runs.session import train
 from tests.runs.test_session import same, weights
 
@@ -47,6 +48,29 @@ def test_a_checkpoint_has_a_card_and_the_log_that_rebuilds_it(make_recipe: MakeR
     assert str(Path(recipe.model.name).parent) not in text
     publish.rebuild(recipe.model.name, checkpoint / "steps.mezo", tmp_path / "rebuilt", None)
     assert same(weights(tmp_path / "rebuilt"), weights(checkpoint))
+
+
+def test_the_card_of_an_earlier_step_says_how_far_the_log_is_to_be_replayed(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnDev, "best", property(lambda self: (2, 0.5)))
+    recipe = make_recipe("steps=4", "eval_every=2", "checkpoint=best")
+    train(recipe)
+    checkpoint = recipe.directory / "checkpoint"
+    assert "--trajectory steps.mezo --until 2 --out tuned" in (checkpoint / "README.md").read_text()
+    publish.rebuild(recipe.model.name, checkpoint / "steps.mezo", tmp_path / "rebuilt", 2)
+    assert same(weights(tmp_path / "rebuilt"), weights(checkpoint))
+
+
+def test_an_adapter_is_not_merged_into_other_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("steps=1", *LORA)
+    train(recipe)
+    base = Path(shutil.copytree(recipe.model.name, tmp_path / "base"))
+    (file,) = base.glob("*.safetensors")
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(RecipeError, match="tuned an adapter of other weights than .*base has"):
+        publish.merge(recipe.directory, tmp_path / "other", str(base))
+    assert not (tmp_path / "other").exists()
 
 
 def test_so_has_an_adapter_with_what_it_began_with(make_recipe: MakeRecipe, tmp_path: Path) -> None:

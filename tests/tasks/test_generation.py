@@ -172,6 +172,13 @@ def test_a_question_in_tokens_is_the_text_its_first_answer_and_the_end_of_the_li
     assert row.answers == (" a mess", " dull")
 
 
+def test_a_model_is_asked_where_it_learned_to_answer_though_the_template_ends_in_white_space() -> None:
+    asker = kind(max_new_tokens=4)
+    plain, spaced = (asker.encode(Question(*one)) for one in (("plot is", (" a mess",)), ("plot is ", ("a mess",))))
+    assert spaced.whole == plain.whole
+    assert spaced.prompt == plain.prompt == spaced.whole[: -spaced.scored]
+
+
 def test_a_long_prompt_leaves_room_for_what_is_written() -> None:
     asker = kind(max_length=12, max_new_tokens=8)
     row = asker.encode(Question("the plot is dull , and that is all", (" superb",)))

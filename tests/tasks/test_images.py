@@ -3,6 +3,8 @@
 import base64
 import csv
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,19 @@ def test_a_label_is_a_number_a_name_of_the_model_or_what_the_recipe_says(
     data = pictures.write_rows(tmp_path / "d.jsonl", pictures.row(0, **changes))
     given = section(data, name="image", image_column="img", labels=labels)
     assert rows(folder, given)[0].label == label
+
+
+def test_classes_whose_names_are_other_classes_numbers_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+    names = ("1", "2", "3")
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    (other / "config.json").write_text(json.dumps(config))
+    data = pictures.write_rows(tmp_path / "d.jsonl", pictures.row(0, label=1))
+    with pytest.raises(RecipeError, match="can be labels by their names and by their numbers, and mean different ones"):
+        rows(other, section(data, name="image", image_column="img"))
+    given = section(data, name="image", image_column="img", labels=(0, 1, 2))
+    assert rows(other, given)[0].label == 1
 
 
 @pytest.mark.parametrize(

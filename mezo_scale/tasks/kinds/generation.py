@@ -113,6 +113,9 @@ class Generation(Kind[EncodedQuestion, str | None]):
                 f"task.max_length ({self._max_length}): ask for more, or leave the row out"
             )
         start = shorten(whole[:shared], room, lead, self._tokenizer)
+        # White space at the prompt's end that belongs to the answer's first token is not learned as a token of its own.
+        if not self._tokenizer.decode(prompt[shared:], skip_special_tokens=True).strip():
+            prompt = prompt[:shared]
         asked = shorten(prompt, self._max_length - self._max_new_tokens, lead, self._tokenizer)
         cut = len(start) < shared or len(asked) < len(prompt)
         lengths = (len(self._open(example.prompt + right)[0]) - len(prompt) for right in example.answers)

@@ -54,6 +54,11 @@ class Images(Kind[Image, Choice]):
                 f"the model: {shown(self._labels)}"
             )
         numbers = {} if section.labels is not None else {str(number): number for number in range(len(names))}
+        if any(numbers.get(name, number) != number for number, name in enumerate(names)):
+            raise RecipeError(
+                f"the model's classes {shown(names)} can be labels by their names and by their numbers, and mean "
+                "different ones: say in task.labels what the column holds"
+            )
         self._numbers = numbers | {name: number for number, name in enumerate(names)}
         self._shape: tuple[int, ...] | None = None
         self.objectives: dict[str, Objective] = {"cross_entropy": cross_entropy, "accuracy": accuracy_loss}
