@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 ALIGN = 64  # elements; keeps every slot on a cache line and a vector boundary
 
@@ -86,6 +87,8 @@ class Scratch:
 
     def _is_kept(self, key: Key, start: int) -> bool:
         """Whether somebody still has what was given back: a part of a slot, or another tensor in the same memory."""
+        if isinstance(self._buffers[key], FakeTensor):
+            return False  # has no numbers, and who measures a dry run holds tensors of it
         kept, taken = _tensors_in(self._buffers[key]) != self._uses[key], self._taken[key]
         while taken and taken[-1][0] >= start:
             _, slot = taken.pop()
