@@ -125,7 +125,8 @@ def _check_same_weights(run: RunDirectory, base: str) -> None:
     begun_with = run.read_inputs().get("weights") if run.recipe.is_file() else None
     if begun_with is not None and begun_with != of_files(checkpoints.weight_files(base)):
         raise RecipeError(
-            f"{run.path} tuned an adapter of other weights than {base} has: give the --base that it began with"
+            f"{run.path} tuned an adapter of other weights than {base} has: give the --base that it began with, or "
+            f"merge {run.checkpoint} if the same weights lie in other files there"
         )
 
 

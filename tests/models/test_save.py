@@ -11,17 +11,24 @@ from unittest import mock
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from mezo_scale.distributed.layout import Strategy
 from mezo_scale.distributed.memory import PeakMemory
 from mezo_scale.errors import SharedError
-from mezo_scale.models import conversion, save, stream
+from mezo_scale.models import checkpoints, conversion, save, stream
 from mezo_scale.planner.architecture import architecture
 from mezo_scale.planner.memory import saving
 from mezo_scale.planner.workload import Workload
-from tests.support import layouts, models
+from tests.support import layouts, material, models
 from tests.support.pool import Ranks
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -253,3 +260,15 @@ def test_saving_takes_the_largest_parameter_as_planned_and_not_the_model(
     assert first == pytest.approx(planned, rel=0.2)
     assert second < 0.5 * planned
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 2.8 * planned
+
+
+def test_a_token_that_pads_for_want_of_another_is_an_ordinary_one_where_it_is_saved(tmp_path: Path) -> None:
+    folder = material.write_model("llama", tmp_path / "model")
+    bare = PreTrainedTokenizerFast(tokenizer_object=material.tokenizer()._tokenizer)
+    bare.save_pretrained(folder)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    processor = checkpoints.load_processor(str(folder))
+    assert (processor.eos_token, processor.pad_token_id) == (None, 0)
+    save.write(material.build("llama"), processor, tmp_path / "saved")
+    assert processor.pad_token_id == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token is None

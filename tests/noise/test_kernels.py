@@ -285,12 +285,24 @@ def test_compiled_for_a_gpu_nothing_of_low_rank_is_fused() -> None:
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_for
 
-    from mezo_scale.noise.cuda import OF_LOW_RANK
+    from mezo_scale.noise import triton_low_rank
+    from mezo_scale.noise.cuda import BFLOAT16, MASTER, OF_LOW_RANK
     from tools.kernel_sass import kernels
 
-    found = [parts for name, *parts in kernels() if "rank 1" in name]
-    assert found
-    for kernel, signature, constants in found:
+    ((written, write, known),) = [parts for name, *parts in kernels() if "rank 1" in name]
+    factors = {"u": "*fp32", "v": "*fp32", "scales": "*fp32"}
+    view = {"weight": "*bf16", "out": "*bf16", "table": "*i64", "firsts": "*i64", "coarse": "*i32", **factors}
+    view |= {"targets": "*i64", "m": "i32", "n": "i32", "scale": "fp32"}
+    rows = {"table": "*bf16", "out": "*bf16", "ids": "*i64", **factors}
+    rows |= dict.fromkeys(("parts", "height", "width", "count"), "i32") | {"scale": "fp32"}
+    of_rank = {"rank": 2, "out_kind": BFLOAT16}
+    for kernel, signature, constants in (
+        (written, write, known),
+        (written, write, known | {"rank": 3, "directions": 4, "decayed": True, "stochastic": True}),
+        (written, write | {"local": "*i16", "remainder": "*i16"}, known | {"kind": MASTER, "single": False}),
+        (triton_low_rank.view, view, of_rank | {"branches": 2, "single": True, "aligned": True}),
+        (triton_low_rank.rows, rows, of_rank),
+    ):
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         try:
             ptx = compile_for(source, GPUTarget("cuda", 90, 32), dict(OF_LOW_RANK)).asm["ptx"]

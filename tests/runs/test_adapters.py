@@ -296,8 +296,11 @@ def test_an_adapter_of_another_model_is_refused(make_recipe: MakeRecipe, tmp_pat
         train(make_recipe(f"tune.what={kind}", f"model.name={gpt2}", f"output.dir={run}"))
         with pytest.raises(MezoError, match=r"PEFT can't put LORA|of another model"):
             train(make_recipe("tune.what=adapter", f"tune.adapter={run / 'checkpoint'}"))
+    other = make_recipe().model.name
     with pytest.raises(MezoError, match=r"PEFT can't put LORA|can't be merged"):
-        merge(tmp_path / "lora", tmp_path / "merged", make_recipe().model.name)
+        merge(tmp_path / "lora" / "checkpoint", tmp_path / "merged", other)
+    with pytest.raises(RecipeError, match="tuned an adapter of other weights than"):  # a run knows which it began with
+        merge(tmp_path / "lora", tmp_path / "merged", other)
 
 
 def test_a_model_that_counts_positions_takes_a_prefix(make_recipe: MakeRecipe, tmp_path: Path) -> None:
